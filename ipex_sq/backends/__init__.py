@@ -1,0 +1,1 @@
+"""Backends: what executes a plan. They decide nothing about numerics."""

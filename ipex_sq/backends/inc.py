@@ -1,0 +1,133 @@
+"""Neural Compressor's own StaticQuant and SmoothQuant recipe: the baseline that users come from.
+
+It follows the language-modeling example of neural-compressor 3.10: default configurations, every
+operator type that IPEX can quantize (Linear, the head, add, matmul), prepare, calibrate, convert.
+Nothing of our recipe or plan is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ipex_sq.backends.ipex import (
+    IpexBackend,
+    count_int8_linears,
+    installed_version,
+    quiet,
+    tracing_inputs,
+)
+from ipex_sq.models.calibration import Batch
+
+PACKAGE = "neural_compressor_pt"
+DEFAULT_ALPHA = 0.5
+"""What SmoothQuantConfig takes by default; the new API maps "auto" to it too."""
+
+
+class TracedModel(nn.Module):
+    """A traced causal language model behind the call that the evaluation makes."""
+
+    def __init__(self, graph: Any) -> None:
+        super().__init__()
+        self.graph = graph
+        self.int8_linears = count_int8_linears(graph)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False
+    ) -> tuple[Tensor]:
+        """Map `[batch, tokens]` ids and mask to logits `[batch, tokens, vocabulary]`."""
+        del use_cache
+        outputs = self.graph(input_ids, attention_mask)
+        return (outputs if isinstance(outputs, Tensor) else outputs[0],)
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=False
+        )[0]
+        return logits
+
+
+class IncBackend:
+    """Owns its recipe: it quantizes from batches, not from a plan."""
+
+    name = "inc"
+    float_dtype = "fp32"
+
+    @property
+    def kernels(self) -> str:
+        """As IPEX."""
+        return IpexBackend().kernels
+
+    def unsupported_reasons(self) -> list[str]:
+        """IPEX's reasons, and a missing neural-compressor."""
+        reasons = IpexBackend().unsupported_reasons()
+        if installed_version(PACKAGE) is None:
+            reasons.append("neural-compressor-pt is not installed: use requirements.txt")
+        return reasons
+
+    def quantize(
+        self, model: nn.Module, batches: Sequence[Batch], alpha: float | None
+    ) -> TracedModel:
+        """Run Neural Compressor's recipe; consumes `model`.
+
+        Args:
+            model: Float model.
+            batches: Calibration batches.
+            alpha: Of its SmoothQuant, or None for its static recipe.
+        """
+        # It keeps its state in a file of the working directory.
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), _silenced():
+            return TracedModel(_quantize(_Logits(model).eval(), batches, alpha))
+
+
+def _quantize(model: nn.Module, batches: Sequence[Batch], alpha: float | None) -> Any:
+    import intel_extension_for_pytorch  # noqa: F401  # without it the static recipe is another one
+    from neural_compressor.torch.quantization import (
+        SmoothQuantConfig,
+        convert,
+        get_default_static_config,
+        prepare,
+    )
+
+    config = get_default_static_config() if alpha is None else SmoothQuantConfig(alpha=alpha)
+    inputs = tracing_inputs(batches[0])
+
+    def run(prepared: nn.Module) -> None:
+        for batch in tqdm(batches, desc="inc", unit="batch", disable=None, leave=False):
+            prepared(*_padded(batch))
+
+    with torch.no_grad():
+        prepared = prepare(model, config, example_inputs=inputs)
+        run(prepared)
+        return convert(prepared)
+
+
+def _padded(batch: Batch) -> tuple[Tensor, Tensor]:
+    """One padding token behind every row: its calibration must see the operators of the trace."""
+    ids = torch.nn.functional.pad(batch["input_ids"], (0, 1))
+    mask = torch.nn.functional.pad(torch.ones_like(batch["input_ids"]), (0, 1))
+    return ids, mask
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with quiet():
+            yield
+    finally:
+        logging.disable(previous)

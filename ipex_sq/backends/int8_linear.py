@@ -1,0 +1,132 @@
+"""An int8 Linear on stock PyTorch's oneDNN operator: AMX, AVX512-VNNI or AVX2-VNNI, no tracing.
+
+Inductor lowers the oneDNN operator by itself only where weights are constants of the graph, which
+one graph shared by all layers cannot have; wrapped in an operator of our own it is left alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ipex_sq.recipe.qparams import ACTIVATION_LEVELS, ActivationQParams
+
+_LIBRARY = torch.library.Library("ipex_sq", "DEF")
+_LIBRARY.define(
+    "int8_linear(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor packed, Tensor scale, "
+    "Tensor zero_points, Tensor? bias, ScalarType dtype, int out_features) -> Tensor"
+)
+
+
+def _run(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_points: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out_features: int,
+) -> Tensor:
+    del out_features
+    output: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
+        x, x_scale, x_zero_point, packed, scale, zero_points, bias, 1.0, 0, dtype, "none", [], ""
+    )
+    return output
+
+
+# The packed weight lives under the Mkldnn key and x under CPU: one kernel serves any mixture.
+_LIBRARY.impl("int8_linear", _run, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ipex_sq::int8_linear", lib=_LIBRARY)
+def _shape(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_points: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out_features: int,
+) -> Tensor:
+    del x_scale, x_zero_point, packed, scale, zero_points, bias
+    return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
+
+
+class Int8Linear(nn.Module):
+    """A Linear that rounds its input to uint8 and multiplies in int8.
+
+    The pre-scale, where there is one, costs nothing: it is part of the multiplication that
+    rounding needs anyway.
+
+    Attributes:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        multiplier: `[in_features]`, 1 / (smoothing scale * activation scale), fp32.
+        input_scale: Scalar fp32; a tensor, because a Python float would be compiled in and make
+            every layer a graph of its own.
+        input_zero_point: Scalar int32.
+        weight_scale: `[out_features]`, fp32.
+        bias: `[out_features]`, fp32, or None.
+    """
+
+    multiplier: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+    weight_scale: Tensor
+    weight_zero_points: Tensor
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+        """Pack int8 `weight` `[out_features, in_features]` with its scale and bias.
+
+        `set_input` must follow. A weight on the meta device makes an empty shell for `load_state`.
+        """
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.output_dtype = torch.float32
+        self.register_buffer("weight_scale", weight_scale.float())
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        zeros = torch.zeros(self.out_features, dtype=torch.int32)
+        self.register_buffer("weight_zero_points", zeros, persistent=False)
+        packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+        self.register_buffer("packed", packed, persistent=False)
+
+    def set_input(self, activation: ActivationQParams, prescale: Tensor | None) -> None:
+        """Set how the input is rounded.
+
+        Args:
+            activation: Of the smoothed input.
+            prescale: `[in_features]` smoothing scale that divides the input, or None.
+        """
+        divisor = torch.ones(self.in_features) if prescale is None else prescale.float()
+        self.register_buffer("multiplier", 1.0 / (divisor * activation.scale))
+        self.register_buffer("input_scale", torch.tensor(activation.scale))
+        zero_point = torch.tensor(activation.zero_point, dtype=torch.int32)
+        self.register_buffer("input_zero_point", zero_point)
+
+    @property
+    def weight(self) -> Tensor:
+        """int8 levels, `[out_features, in_features]`, unpacked from the kernel's layout."""
+        return self.packed.to_dense().t().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x `[..., in_features]`, any float dtype, to `[..., out_features]` in `output_dtype`."""
+        levels = torch.round(x.float() * self.multiplier) + self.input_zero_point
+        rounded = levels.clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
+        output: Tensor = torch.ops.ipex_sq.int8_linear(
+            rounded,
+            self.input_scale,
+            self.input_zero_point,
+            self.packed,
+            self.weight_scale,
+            self.weight_zero_points,
+            self.bias,
+            self.output_dtype,
+            self.out_features,
+        )
+        return output

@@ -1,0 +1,210 @@
+"""Intel Extension for PyTorch 2.8: its graph runs the numbers of our plan.
+
+IPEX prepares the model and writes its settings to a file; the plan's scales go into that file,
+everything but the planned Linears is set to float, and convert, trace and freeze follow. All that
+touches IPEX is here: it is archived upstream, and removing this file removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ipex_sq.backends.base import DTYPES, Backend, Example
+from ipex_sq.errors import NumericalCheckError
+from ipex_sq.models.body import BodyForTracing, replace_body
+from ipex_sq.recipe.plan import LinearPlan, QuantPlan
+from ipex_sq.system import cpu_flags, int8_isa
+
+PACKAGE = "intel_extension_for_pytorch"
+IPEX_VERSION = "2.8"
+TRANSFORMERS_BELOW = (4, 53)
+WARMUP_CALLS = 2
+"""The graph compiler profiles in the first call and fuses in the second."""
+
+LINEAR_OP = "<class 'torch.nn.modules.linear.Linear'>"
+
+
+class IpexBackend(Backend):
+    """IPEX's graph compiler on oneDNN."""
+
+    name = "ipex"
+    float_dtype = "bf16"
+
+    @property
+    def kernels(self) -> str:  # type: ignore[override]
+        """The graph compiler and the instruction set that it picks."""
+        return f"IPEX oneDNN graph {int8_isa()}"
+
+    def unsupported_reasons(self) -> list[str]:
+        """Not installed, another version than 2.8, a transformers it cannot intercept, old CPU."""
+        version = installed_version(PACKAGE)
+        if version is None:
+            return ["intel-extension-for-pytorch is not installed: use requirements.txt"]
+        reasons = []
+        torch_release = ".".join(torch.__version__.split(".")[:2])
+        if not version.startswith(IPEX_VERSION) or torch_release != IPEX_VERSION:
+            reasons.append(
+                f"IPEX {version} with torch {torch.__version__}: both must be {IPEX_VERSION}"
+            )
+        transformers = installed_version("transformers") or "0.0"
+        if tuple(int(part) for part in transformers.split(".")[:2]) >= TRANSFORMERS_BELOW:
+            reasons.append(f"transformers {transformers}: IPEX works up to 4.52")
+        if "avx512_vnni" not in cpu_flags() and "avx_vnni" not in cpu_flags():
+            reasons.append(f"the CPU has {int8_isa()} only")
+        return reasons
+
+    def lower(self, model: nn.Module, plan: QuantPlan, example: Example, dtype: str) -> nn.Module:
+        """Prepare, write the plan into IPEX's settings, convert, trace, freeze."""
+        inputs = tracing_inputs(example)
+        body = BodyForTracing(model.base_model).eval()  # type: ignore[arg-type]
+        with quiet(), torch.no_grad(), _autocast(dtype):
+            frozen = _graph(body, plan, inputs, str(model.base_model_prefix))
+        return replace_body(model, frozen, DTYPES[dtype])
+
+
+def _graph(body: nn.Module, plan: QuantPlan, inputs: tuple[Any, ...], prefix: str) -> Any:
+    import intel_extension_for_pytorch as ipex
+    from intel_extension_for_pytorch.quantization import convert, prepare
+
+    mapping = ipex.quantization.default_static_qconfig_mapping
+    prepared = prepare(body, mapping, example_inputs=inputs, inplace=True)
+    prepared(*inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "qconf.json"
+        prepared.save_qconf_summary(str(settings))
+        document = json.loads(settings.read_text(encoding="utf-8"))
+        write_plan(document, plan, prefix)
+        settings.write_text(json.dumps(document), encoding="utf-8")
+        prepared.load_qconf_summary(str(settings))
+    converted = convert(prepared, inplace=True)
+    traced = torch.jit.trace(converted, inputs, check_trace=False)
+    lowered, wanted = count_int8_linears(traced), len(plan.int8_names)
+    if lowered != wanted:
+        raise NumericalCheckError(f"IPEX runs {lowered} Linears in int8, the plan has {wanted}")
+    return warm_up(torch.jit.freeze(traced.eval()), inputs)
+
+
+def count_int8_linears(traced: Any) -> int:
+    """Linears of a traced (not yet frozen) graph whose input was quantized."""
+    graph = traced.inlined_graph  # a copy: its nodes live only as long as it does
+    nodes = graph.findAllNodes("aten::linear", True)
+    return sum(_reads_int8(node.inputsAt(0)) for node in nodes)
+
+
+def _reads_int8(value: Any) -> bool:
+    node = value.node()
+    while node.kind() in ("aten::to", "aten::alias"):  # the cast to bf16 stands between
+        node = node.inputsAt(0).node()
+    return str(node.kind()) == "aten::dequantize"
+
+
+def tracing_inputs(example: Example) -> tuple[Tensor, Tensor]:
+    """Two rows, one of them padded: without padding transformers drops the mask while IPEX
+    prepares but builds it while torch traces, and the two would see different operators.
+    """
+    ids = example["input_ids"][:1].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    return ids, mask
+
+
+def warm_up(graph: Any, inputs: tuple[Any, ...]) -> Any:
+    """Call the graph until it is fused."""
+    with torch.no_grad():
+        for _ in range(WARMUP_CALLS):
+            graph(*inputs)
+    return graph
+
+
+def load_graph(path: Path) -> Any:
+    """Read a saved graph (importing IPEX first, which registers its operators)."""
+    with quiet():
+        import intel_extension_for_pytorch  # noqa: F401
+
+        return torch.jit.freeze(torch.jit.load(str(path)).eval())
+
+
+def write_plan(document: dict[str, Any], plan: QuantPlan, prefix: str) -> None:
+    """Put the plan's scales into IPEX's settings and everything else into float, in place.
+
+    Raises:
+        NumericalCheckError: IPEX does not list a Linear that the plan wants in int8.
+    """
+    planned = {_ipex_path(plan, name, prefix): name for name in plan.int8_names}
+    written = set()
+    for module in document.values():
+        for operator in module.get("q_op_infos", {}).values():
+            name = planned.get(operator["fqn"]) if operator["op_type"] == LINEAR_OP else None
+            if name is None:
+                _keep_float(operator)
+            else:
+                _write_linear(operator, plan.linears[name])
+                written.add(name)
+    missing = sorted(set(planned.values()) - written)
+    if missing:
+        raise NumericalCheckError(
+            f"IPEX lists no operator for {len(missing)} planned Linear(s), the first is "
+            f"{missing[0]!r}: they would run in float"
+        )
+
+
+def _ipex_path(plan: QuantPlan, name: str, prefix: str) -> str:
+    inner = name.removeprefix(f"{prefix}.")
+    suffix = ".linear" if plan.prescale_of(name) is not None else ""
+    return f"body.{inner}{suffix}"
+
+
+def _keep_float(operator: dict[str, Any]) -> None:
+    for info in (*operator["input_tensor_infos"], *operator["weight_tensor_infos"]):
+        if info:
+            info["inf_dtype"] = info["force_dtype"] = "torch.float32"
+
+
+def _write_linear(operator: dict[str, Any], item: LinearPlan) -> None:
+    assert item.activation is not None and item.weight_scale is not None  # noqa: S101, PT018
+    (activation,) = operator["input_tensor_infos"]
+    activation["inf_dtype"] = activation["force_dtype"] = "torch.quint8"
+    activation["scale"] = [item.activation.scale]
+    activation["zero_point"] = [item.activation.zero_point]
+    (weight,) = operator["weight_tensor_infos"]
+    weight["inf_dtype"] = "torch.qint8"
+    weight["scale"] = item.weight_scale.tolist()
+
+
+def _autocast(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    if dtype == "bf16":
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def installed_version(package: str) -> str | None:
+    """Version of a package, without importing it; None where it is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep IPEX's and the tracer's notes (folding hints, tensor-to-bool) off the user's screen."""
+    logger = logging.getLogger("IPEX")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logger.setLevel(level)
+
+

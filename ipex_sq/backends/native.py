@@ -1,0 +1,76 @@
+"""int8 Linears from stock PyTorch, bf16 elsewhere, one compiled graph per layer type."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ipex_sq.backends.base import DTYPES, Backend, Example
+from ipex_sq.backends.compiling import compile_layers, compiler_problem
+from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.models.folding import replace_module, smoothed_linear
+from ipex_sq.recipe.plan import QuantPlan
+from ipex_sq.recipe.qparams import quantize_weight
+from ipex_sq.system import int8_isa
+
+EXACT_ISA = ("AMX", "AVX512-VNNI", "AVX2-VNNI")
+"""Instruction sets that add u8 x s8 products in 32 bits. Older ones saturate at 16."""
+
+
+class NativeBackend(Backend):
+    """oneDNN int8 through stock PyTorch, any version from 2.8."""
+
+    name = "native"
+    float_dtype = "bf16"
+
+    @property
+    def kernels(self) -> str:  # type: ignore[override]
+        """oneDNN and the instruction set that it picks."""
+        return f"oneDNN {int8_isa()}"
+
+    def unsupported_reasons(self) -> list[str]:
+        """CPU without exact int8, no C++ compiler, or an operator that this torch lacks."""
+        reasons = []
+        if int8_isa() not in EXACT_ISA:
+            reasons.append(f"the CPU has {int8_isa()} only: int8 sums would saturate")
+        if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+            reasons.append(f"torch {torch.__version__} has no oneDNN int8 Linear: install 2.8 on")
+        problem = compiler_problem()
+        return [*reasons, problem] if problem else reasons
+
+    def optimize_float(self, model: nn.Module, dtype: str, example: Example) -> nn.Module:
+        """Cast, and compile per layer as int8 is."""
+        return compile_layers(super().optimize_float(model, dtype, example))
+
+    def lower(self, model: nn.Module, plan: QuantPlan, example: Example, dtype: str) -> nn.Module:
+        """Replace planned Linears by `Int8Linear`, cast the rest, compile per layer."""
+        del example
+        for name in plan.int8_names:
+            replace_module(model, name, int8_linear(model, plan, name))
+        return finish_native(model, plan, dtype)
+
+
+def int8_linear(model: nn.Module, plan: QuantPlan, name: str) -> Int8Linear:
+    """The int8 form of the smoothed Linear at path `name`."""
+    item = plan.linears[name]
+    assert item.weight_scale is not None and item.activation is not None  # noqa: S101, PT018
+    linear = smoothed_linear(model, name)
+    lowered = Int8Linear(
+        quantize_weight(linear.weight, item.weight_scale), item.weight_scale, linear.bias
+    )
+    lowered.set_input(item.activation, plan.prescale_of(name))
+    return lowered
+
+
+def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
+    """Cast what stays float, share what readers of one tensor share, and compile."""
+    lowered = {name: model.get_submodule(name) for name in plan.int8_names}
+    kept = {id(tensor) for module in lowered.values() for tensor in module.buffers()}
+    model._apply(lambda t: t if id(t) in kept or not t.is_floating_point() else t.to(DTYPES[dtype]))
+    for name, module in lowered.items():
+        module.output_dtype = DTYPES[dtype]  # type: ignore[assignment]
+        first = lowered[plan.linears[name].group]
+        # The same tensor objects: q, k and v then round their input once in the compiled graph.
+        for shared in ("multiplier", "input_scale", "input_zero_point"):
+            setattr(module, shared, getattr(first, shared))
+    return compile_layers(model)

@@ -1,0 +1,158 @@
+"""From a float model to an int8 one: calibrate, plan, smooth, lower, each step timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ipex_sq.backends.base import Backend
+from ipex_sq.backends.inc import DEFAULT_ALPHA, IncBackend
+from ipex_sq.backends.registry import Choice, choose_backend
+from ipex_sq.config import QuantConfig
+from ipex_sq.errors import ConfigError
+from ipex_sq.models.calibration import Batch, calibrate, kl_ranges
+from ipex_sq.models.folding import apply_smoothing
+from ipex_sq.recipe.plan import QuantPlan
+from ipex_sq.recipe.planning import ActStats, make_plan
+
+
+@dataclass
+class QuantizedModel:
+    """An int8 model with how it came to be.
+
+    Attributes:
+        model: Ready to run.
+        plan: What it executes; None for inc, which has a recipe of its own.
+        backend: Its backend.
+        dtype: Precision of what stays float.
+        alpha: SmoothQuant's alpha, or None.
+        int8_linears: Linears that run in int8.
+        smoothing_change: Largest relative change that smoothing made in float.
+        seconds: Of each step.
+    """
+
+    model: nn.Module
+    plan: QuantPlan | None
+    backend: str
+    dtype: str
+    alpha: float | None
+    int8_linears: int
+    smoothing_change: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def plan(model: nn.Module, stats: ActStats, config: QuantConfig = QuantConfig()) -> QuantPlan:  # noqa: B008
+    """Decide the numerics of every Linear of `model` from its statistics (minmax ranges)."""
+    weights = {name: model.get_submodule(name).weight for name in stats.linears}
+    return make_plan(stats, weights, config.alpha)  # type: ignore[arg-type]
+
+
+def quantize(
+    model: nn.Module,
+    batches: Sequence[Batch] | ActStats,
+    config: QuantConfig = QuantConfig(),  # noqa: B008
+) -> nn.Module:
+    """Quantize `model`, which is consumed, and return the int8 model.
+
+    The plan that it executes is its attribute `quant_plan`.
+
+    Args:
+        model: Float model in fp32.
+        batches: Calibration batches, or statistics already gathered.
+        config: The recipe and the backend.
+
+    Raises:
+        BackendUnavailableError: The backend cannot run here.
+        ConfigError: The observer or the backend needs batches and got statistics.
+        CalibrationError, NumericalCheckError, UnsupportedModelError: see `calibrate` and
+            `apply_smoothing`.
+    """
+    return quantize_model(model, batches, config).model
+
+
+def quantize_model(
+    model: nn.Module,
+    batches: Sequence[Batch] | ActStats,
+    config: QuantConfig,
+    source: Mapping[str, Any] | None = None,
+) -> QuantizedModel:
+    """As `quantize`, with the plan, the timings and what was chosen."""
+    choice = choose_backend(config.backend)
+    dtype = config.dtype or choice.backend.float_dtype
+    if isinstance(choice.backend, IncBackend):
+        return _quantize_with_inc(choice.backend, model, batches, config)
+    return _quantize_with_plan(choice, model, batches, (config, dtype, source))
+
+
+def _quantize_with_plan(
+    choice: Choice,
+    model: nn.Module,
+    batches: Sequence[Batch] | ActStats,
+    settings: tuple[QuantConfig, str, Mapping[str, Any] | None],
+) -> QuantizedModel:
+    config, dtype, source = settings
+    backend = choice.backend
+    assert isinstance(backend, Backend)  # noqa: S101
+    if isinstance(batches, ActStats) and config.observer != "minmax":
+        raise ConfigError(f"observer {config.observer!r} makes a second pass: pass the batches")
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "calibrate"):
+        stats = batches if isinstance(batches, ActStats) else calibrate(model, batches, source)
+    with _timed(seconds, "plan"):
+        decided = plan(model, stats, config)
+    with _timed(seconds, "smooth"):
+        change = apply_smoothing(model, decided, stats.example)
+    if config.observer == "kl" and not isinstance(batches, ActStats):
+        with _timed(seconds, "observe"):
+            decided = decided.with_ranges(kl_ranges(model, decided, batches), "kl")
+    with _timed(seconds, "lower"):
+        lowered = backend.lower(model, decided, stats.example, dtype)
+    lowered.quant_plan = decided  # type: ignore[assignment]
+    return QuantizedModel(
+        model=lowered,
+        plan=decided,
+        backend=backend.name,
+        dtype=dtype,
+        alpha=decided.alpha,
+        int8_linears=len(decided.int8_names),
+        smoothing_change=change,
+        seconds=seconds,
+    )
+
+
+def _quantize_with_inc(
+    backend: IncBackend,
+    model: nn.Module,
+    batches: Sequence[Batch] | ActStats,
+    config: QuantConfig,
+) -> QuantizedModel:
+    if isinstance(batches, ActStats):
+        raise ConfigError("backend 'inc' calibrates by itself: pass the batches")
+    if config.observer != "minmax":
+        raise ConfigError("backend 'inc' runs its published recipe only, which is minmax")
+    alpha = DEFAULT_ALPHA if config.alpha == "auto" else config.alpha
+    strength = None if alpha is None else float(alpha)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "lower"):
+        lowered = backend.quantize(model, batches, strength)
+    return QuantizedModel(
+        model=lowered,
+        plan=None,
+        backend=backend.name,
+        dtype="fp32",
+        alpha=strength,
+        int8_linears=lowered.int8_linears,
+        seconds=seconds,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start

@@ -1,0 +1,79 @@
+"""The oracle: int8 simulated in fp32, slow and right. The other backends must agree with it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ipex_sq.backends.base import DTYPES, Backend, Example
+from ipex_sq.models.folding import replace_module, smoothed_linear
+from ipex_sq.recipe.plan import QuantPlan
+from ipex_sq.recipe.qparams import (
+    ActivationQParams,
+    fake_quantize_activation,
+    fake_quantize_weight,
+)
+
+
+class SimulatedInt8Linear(nn.Module):
+    """A Linear whose input and weight are rounded to the plan's levels and multiplied in fp32.
+
+    Attributes:
+        weight: `[out_features, in_features]`, values that int8 levels stand for, fp32.
+        divisor: `[in_features]`, run-time smoothing scale; ones where there is none.
+    """
+
+    weight: Tensor
+    divisor: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, linear: nn.Linear, weight_scale: Tensor, activation: ActivationQParams
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.register_buffer("weight", fake_quantize_weight(linear.weight, weight_scale))
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
+        rounded = fake_quantize_activation(x, self.activation)
+        return functional.linear(rounded, self.weight, self.bias).to(x.dtype)
+
+
+class ReferenceBackend(Backend):
+    """Simulated int8 in float, on any machine."""
+
+    name = "reference"
+    kernels = "fp32 simulation"
+
+    def unsupported_reasons(self) -> list[str]:
+        """Always empty."""
+        return []
+
+    def lower(self, model: nn.Module, plan: QuantPlan, example: Example, dtype: str) -> nn.Module:
+        """Replace every planned Linear by its simulation; a pre-scale stays a multiplication."""
+        del example
+        for name in plan.int8_names:
+            item = plan.linears[name]
+            assert item.weight_scale is not None and item.activation is not None  # noqa: S101, PT018
+            linear = smoothed_linear(model, name)
+            simulated = SimulatedInt8Linear(linear, item.weight_scale, item.activation)
+            inner = linear is not model.get_submodule(name)
+            replace_module(model, f"{name}.linear" if inner else name, simulated)
+        if dtype == "fp32":
+            return model
+        return _cast_float_modules(model, dtype)
+
+
+def _cast_float_modules(model: nn.Module, dtype: str) -> nn.Module:
+    kept = {
+        id(tensor)
+        for module in model.modules()
+        if isinstance(module, SimulatedInt8Linear)
+        for tensor in module.buffers()
+    }
+    # One call per tensor: model.to() would round the simulated weights as well.
+    model._apply(lambda t: t if id(t) in kept or not t.is_floating_point() else t.to(DTYPES[dtype]))
+    return model

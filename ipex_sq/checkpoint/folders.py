@@ -1,0 +1,85 @@
+"""The folder of a checkpoint: is it ours to write, and how it is replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ipex_sq.errors import CheckpointError, ConfigError
+
+MANIFEST = "ipex_sq.json"
+FORMAT_VERSION = 1
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse, before the work, a folder that could not be written after it.
+
+    Raises:
+        ConfigError: It is a file, holds what is not ours, or its parent is not writable.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output_dir {folder} is a file, name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ConfigError(
+            f"--output_dir {folder} is not empty and was not written by ipex_sq: name another"
+        )
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"--output_dir {folder}: {parent} is not a writable folder")
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill a scratch folder by `write` and put it in the place of `folder` in one rename.
+
+    A killed run leaves the old folder or the new one.
+
+    Raises:
+        ConfigError: See `check_writable`.
+    """
+    check_writable(folder)
+    parent = folder.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+    old = scratch.with_name(f"{scratch.name}-old")
+    try:
+        write(scratch)
+        scratch.chmod(0o755)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write the file that marks a folder as ours."""
+    document = {"format_version": FORMAT_VERSION, **content}
+    (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: No manifest, a damaged one, or one of another format version.
+    """
+    try:
+        document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = document["format_version"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no ipex_sq checkpoint: it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {version}, this ipex_sq reads {FORMAT_VERSION}"
+        )
+    return dict(document)

@@ -1,0 +1,197 @@
+"""The command behind eval_lambada.py: LAMBADA accuracy of fp32, INT8 and INT8 + SmoothQuant."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ipex_sq.cli.flags import Parser, build
+from ipex_sq.cli.running import check_output, show
+from ipex_sq.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OutputConfig,
+    QuantConfig,
+    parse_alpha,
+)
+from ipex_sq.errors import ConfigError
+
+DESCRIPTION = """\
+LAMBADA accuracy of a causal language model on this CPU: in fp32, in static INT8 (W8A8), or in
+INT8 with SmoothQuant. Calibration and evaluation rows are disjoint. stdout ends in one JSON line.
+"""
+
+EXAMPLES = """\
+  python eval_lambada.py                                            # embedded model, fp32
+  python eval_lambada.py --int8 --sq                                # embedded model, SmoothQuant
+  python eval_lambada.py --compare                                  # all of them in one table
+  python eval_lambada.py --model_name_or_path bigscience/bloom-560m --int8 --sq --alpha 0.5
+  python eval_lambada.py --int8 --sq --backend native --output_dir  # and save the int8 model
+  python eval_lambada.py --dataset my.jsonl --calib_dataset other.jsonl --int8
+"""
+
+SAVED_RESULTS = Path("saved_results")
+DEFAULT_FOLDER = Path()
+
+
+def parser() -> Parser:
+    """The flags of eval_lambada.py."""
+    flags = Parser(DESCRIPTION, EXAMPLES)
+    flags.add_config(ModelConfig)
+    flags.add_flag("int8", action="store_true", help="quantize to static INT8 (W8A8)")
+    flags.add_flag("sq", action="store_true", help="with SmoothQuant (needs --int8)")
+    flags.add_flag(
+        "compare",
+        action="store_true",
+        help="fp32, then INT8 and INT8+SQ on every backend that can run, or on those that "
+        "--backend names (comma-separated; inc and reference run only if named)",
+    )
+    flags.add_config(QuantConfig, skip=("alpha",))
+    flags.add_flag(
+        "alpha",
+        type=_alpha,
+        default=None,
+        metavar="ALPHA",
+        help="migration strength of SmoothQuant: 0 to 1, or auto, chosen by the output error "
+        f"(default: {QuantConfig.alpha}; the paper's is 0.5)",
+    )
+    flags.add_flag("kl", action="store_true", help="the same as --observer kl")
+    flags.add_config(DataConfig)
+    flags.add_config(EvaluationConfig)
+    flags.add_flag(
+        "output_dir",
+        type=Path,
+        nargs="?",
+        const=DEFAULT_FOLDER,
+        default=None,
+        help=f"save the int8 model (default folder: {SAVED_RESULTS}/<model>-<backend>-<recipe>)",
+    )
+    flags.add_config(OutputConfig)
+    return flags
+
+
+def _alpha(text: str) -> float | str:
+    try:
+        return parse_alpha(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Parse, run, print.
+
+    Raises:
+        IpexSqError: Anything that a user can mend; nothing is half-written.
+    """
+    flags = parser().parse_args(arguments)
+    _check(flags)
+    model, data = build(ModelConfig, flags), build(DataConfig, flags)
+    evaluation = build(EvaluationConfig, flags)
+    runs = _runs(flags)
+    folder = _output_folder(flags, runs)
+    check_output(flags.output)
+
+    from ipex_sq.evaluation.experiment import load_texts, pair, run_lambada
+
+    texts = load_texts(data, calibrate=any(run.quant for run in runs))
+    outcomes = []
+    for run in runs:
+        outcome = run_lambada(run, texts, model=model, data=data, evaluation=evaluation)
+        if folder is not None:
+            from ipex_sq.checkpoint.saving import save
+
+            assert outcome.model is not None  # noqa: S101
+            outcome.row["saved_to"] = str(save(outcome.model, folder, outcome.tokenizer))
+        outcome.model = None  # one model in memory at a time
+        outcomes.append(outcome)
+        if outcomes[0].row["precision"] == "fp32":
+            pair(outcome, outcomes[0])
+    settings = {name: asdict(item) for name, item in (("data", data), ("evaluation", evaluation))}
+    rows = [outcome.row for outcome in outcomes]
+    result = _document(model.model_name_or_path, texts, rows) | {"config": settings}
+    show(_table(result), result, flags.output)
+
+
+def _check(flags: argparse.Namespace) -> None:
+    if flags.compare and (flags.int8 or flags.sq):
+        raise ConfigError("--compare runs fp32, INT8 and INT8+SQ by itself: leave --int8 --sq out")
+    if flags.sq and not flags.int8:
+        raise ConfigError("--sq smooths for INT8: add --int8")
+    if flags.alpha is not None and not (flags.sq or flags.compare):
+        raise ConfigError("--alpha belongs to SmoothQuant: add --int8 --sq")
+    if flags.kl:
+        flags.observer = "kl"
+    if flags.observer != QuantConfig.observer and not (flags.int8 or flags.compare):
+        raise ConfigError("--kl and --observer belong to INT8: add --int8")
+    if flags.output_dir is not None and not flags.int8:
+        raise ConfigError("--output_dir saves one int8 model: add --int8")
+    if "," in flags.backend and not flags.compare:
+        raise ConfigError("several backends go with --compare")
+
+
+def _runs(flags: argparse.Namespace) -> list[Any]:
+    from ipex_sq.backends.registry import choose_backend
+    from ipex_sq.evaluation.experiment import Run, backends_to_compare
+
+    alpha = QuantConfig.alpha if flags.alpha is None else flags.alpha
+    if flags.compare:
+        runs = [Run("fp32")]
+        for name in backends_to_compare(flags.backend):
+            for label, strength in (("int8", None), ("int8+sq", alpha)):
+                quant = build(QuantConfig, flags, backend=name, alpha=strength)
+                runs.append(Run(label, quant=quant))
+        return runs
+    if not flags.int8:
+        dtype = flags.dtype or "fp32"
+        return [Run(dtype, dtype)]
+    quant = build(QuantConfig, flags, alpha=alpha if flags.sq else None)
+    choose_backend(quant.backend)  # fail before the model is loaded
+    return [Run("int8+sq" if flags.sq else "int8", quant=quant)]
+
+
+def _output_folder(flags: argparse.Namespace, runs: list[Any]) -> Path | None:
+    if flags.output_dir is None:
+        return None
+    from ipex_sq.backends.registry import choose_backend
+    from ipex_sq.checkpoint.folders import check_writable
+
+    backend = choose_backend(runs[0].quant.backend).backend.name
+    if backend not in ("native", "ipex"):
+        raise ConfigError(f"backend {backend!r} cannot be saved: use native or ipex")
+    folder: Path = flags.output_dir
+    if folder == DEFAULT_FOLDER:
+        recipe = runs[0].label.replace("+", "-")
+        folder = SAVED_RESULTS / f"{Path(flags.model_name_or_path).name}-{backend}-{recipe}"
+    check_writable(folder)
+    return folder
+
+
+def _document(model: str, texts: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from ipex_sq.evaluation.experiment import describe
+    from ipex_sq.system import SystemCard, command_line, package_versions
+
+    evaluated = describe(texts.evaluation)
+    calibrated = describe(texts.calibration) if texts.calibration else None
+    return {
+        "model": model,
+        "dataset": evaluated["dataset"],
+        "dataset_split": evaluated["split"],
+        "dataset_why": texts.evaluation.why or "asked for",
+        "dataset_sha256": evaluated["sha256"],
+        "rows": evaluated["rows"],
+        "calibration": calibrated,
+        "system": SystemCard.read().as_dict(),
+        "versions": package_versions(),
+        "command": command_line(),
+        "results": rows,
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    from ipex_sq.report.accuracy import accuracy_report
+
+    return accuracy_report(result)

@@ -1,0 +1,51 @@
+"""Command-line flags made from the config dataclasses, so that each default stands once."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any, NoReturn, TypeVar
+
+from ipex_sq.config import flag_settings
+from ipex_sq.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises `ConfigError` and takes --kebab-case for --snake_case."""
+
+    def __init__(self, description: str, examples: str) -> None:
+        super().__init__(
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage: one clear line is enough."""
+        raise ConfigError(f"{message} (see --help)")
+
+    def add_flag(self, name: str, **options: Any) -> None:
+        """Add `--name` in both spellings."""
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        self.add_argument(*spellings, dest=name, **options)
+
+    def add_config(self, config_class: type, *, skip: tuple[str, ...] = ()) -> None:
+        """Add a flag for every setting of a config class."""
+        for setting in flag_settings(config_class):
+            if setting.name in skip:
+                continue
+            options: dict[str, Any] = dict(setting.metadata["flag"])
+            text = str(setting.metadata["help"]).replace("%", "%%")
+            if setting.default is not None and "action" not in options:
+                text += f" (default: {setting.default})"
+            self.add_flag(setting.name, default=setting.default, help=text, **options)
+
+
+def build(config_class: type[Config], arguments: argparse.Namespace, **changes: Any) -> Config:
+    """Make a config from parsed flags; `changes` override them."""
+    names = {item.name for item in fields(config_class)}  # type: ignore[arg-type]
+    values = {name: value for name, value in vars(arguments).items() if name in names}
+    return config_class(**(values | changes))

@@ -1,0 +1,79 @@
+"""What every command does around its work: logging, errors as one line, the JSON result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ipex_sq.errors import ConfigError, IpexSqError
+
+Command = Callable[[Sequence[str]], None]
+
+USER_ERROR = 2
+
+
+def run(command: Command, arguments: Sequence[str] | None = None) -> int:
+    """Run a command; an `IpexSqError` becomes one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    for chatty in ("httpx", "huggingface_hub", "datasets", "transformers", "torchao"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        command(sys.argv[1:] if arguments is None else arguments)
+    except IpexSqError as error:
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"error: {line}\n")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    return 0
+
+
+def show(table: str, result: dict[str, Any], output: Path | None) -> None:
+    """Print the table and, as the last line, the result as compact JSON; write it to `output`.
+
+    Raises:
+        ConfigError: `output` cannot be written.
+    """
+    line = json.dumps(result, separators=(",", ":"))
+    if output is not None:
+        write_atomically(output, line + "\n")
+    sys.stdout.write(f"{table}\n{line}\n")
+    sys.stdout.flush()
+
+
+def check_output(output: Path | None) -> None:
+    """Refuse, before the work, a result file that could not be written after it.
+
+    Raises:
+        ConfigError: It is a folder, or its folder is missing or not writable.
+    """
+    if output is None:
+        return
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder, name a file")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise ConfigError(f"--output {output}: its folder is missing or not writable")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write through a temporary file and a rename: readers see the old file or the new one."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.absolute().parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
+        ) as scratch:
+            scratch.write(text)
+            scratch.flush()
+            os.fsync(scratch.fileno())
+        os.replace(scratch.name, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,165 @@
+"""The settings and their defaults, each written once; command-line flags are generated from here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ipex_sq.errors import ConfigError, unknown_name
+
+EMBEDDED = "embedded"
+"""Name of the model and of the texts that need no download."""
+
+BACKENDS = ("ipex", "native", "inc", "reference")
+OBSERVERS = ("minmax", "kl")
+PRECISIONS = ("fp32", "bf16")
+
+
+def _setting(default: Any, text: str, **flag: Any) -> Any:
+    """A dataclass field that also describes its command-line flag (`flag` goes to argparse)."""
+    return field(default=default, metadata={"help": text, "flag": flag})
+
+
+def parse_alpha(text: str) -> float | str:
+    """Turn the text of `--alpha` into a number in [0, 1] or "auto".
+
+    Raises:
+        ConfigError: The text is neither.
+    """
+    if text == "auto":
+        return text
+    try:
+        return check_alpha(float(text))
+    except ValueError:
+        raise ConfigError(f"--alpha takes a number from 0 to 1, or 'auto', not {text!r}") from None
+
+
+def check_alpha(alpha: float) -> float:
+    """Return `alpha` where it lies in [0, 1].
+
+    Raises:
+        ConfigError: It does not (or is NaN).
+    """
+    if not (math.isfinite(alpha) and 0.0 <= alpha <= 1.0):
+        raise ConfigError(f"alpha must lie between 0 and 1 (or be 'auto'), not {alpha}")
+    return alpha
+
+
+def _check_choice(kind: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise unknown_name(kind, value, known)
+
+
+def _check_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} must be at least 1, not {value}")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a model is quantized.
+
+    `alpha=None` switches SmoothQuant off; 0.0 does not (it is the strongest use of weight ranges).
+    `dtype=None` takes the backend's own: bf16 for native, fp32 for the others.
+    """
+
+    alpha: float | str | None = _setting(
+        "auto",
+        "migration strength of SmoothQuant, 0 to 1, or 'auto' to choose it by the output error",
+        type=parse_alpha,
+    )
+    observer: str = _setting("minmax", "activation range", choices=OBSERVERS)
+    backend: str = _setting("auto", f"auto or one of: {', '.join(BACKENDS)}")
+    dtype: str | None = _setting(
+        None, "precision of what stays float (default: the backend's own)", choices=PRECISIONS
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alpha, str):
+            parse_alpha(self.alpha)
+        elif self.alpha is not None:
+            check_alpha(self.alpha)
+        _check_choice("observer", self.observer, OBSERVERS)
+        _check_choice("backend", self.backend, (*BACKENDS, "auto"))
+        if self.dtype is not None:
+            _check_choice("dtype", self.dtype, PRECISIONS)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which texts are evaluated and which calibrate. Both sets are disjoint, or it is an error."""
+
+    dataset: str = _setting(
+        "auto",
+        "lambada, lambada_openai, embedded, a local .jsonl, or auto: lambada when the hub or its "
+        "cache answers, else embedded",
+    )
+    calib_dataset: str | None = _setting(
+        None,
+        "texts to calibrate on, named as for --dataset (default: lambada's train split for "
+        "lambada, the embedded calibration texts for everything else)",
+    )
+    calib_samples: int = _setting(128, "number of calibration texts", type=int)
+    calib_max_tokens: int = _setting(512, "longest calibration text, in tokens", type=int)
+    limit: int | None = _setting(None, "evaluate only the first N documents", type=int)
+    seed: int = _setting(42, "seed of the choice of calibration texts", type=int)
+
+    def __post_init__(self) -> None:
+        _check_positive("calib_samples", self.calib_samples)
+        _check_positive("calib_max_tokens", self.calib_max_tokens)
+        _check_positive("limit", self.limit)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How documents are run through the model. None of these changes a result."""
+
+    batch_size: int = _setting(16, "documents per forward pass", type=int)
+    log_frequency: int = _setting(
+        10, "batches between two log lines where stderr is no terminal", type=int
+    )
+
+    def __post_init__(self) -> None:
+        _check_positive("batch_size", self.batch_size)
+        _check_positive("log_frequency", self.log_frequency)
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """A forward-pass benchmark: what is timed, and how often."""
+
+    batch_size: int = _setting(16, "sequences per batch", type=int)
+    sequence_length: int = _setting(196, "tokens per sequence", type=int)
+    iterations: int = _setting(7, "timed forward passes of each precision", type=int)
+    warmup: int = _setting(2, "untimed passes first (IPEX fuses its graph in the second)", type=int)
+    seed: int = _setting(42, "seed of the random token ids", type=int)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length", "iterations", "warmup"):
+            _check_positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model."""
+
+    model_name_or_path: str = _setting(
+        EMBEDDED, "hub name or local folder (default: SmolLM2-135M-Instruct from its PyPI package)"
+    )
+    trust_remote_code: bool = _setting(
+        False, "run code that comes with the model", action="store_true"
+    )
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where results go besides stdout."""
+
+    output: Path | None = _setting(None, "write the JSON result to this file", type=Path)
+
+
+def flag_settings(config_class: type) -> list[Field[Any]]:
+    """The fields of a config class that have a command-line flag."""
+    return [item for item in fields(config_class) if "flag" in item.metadata]

@@ -1,0 +1,1 @@
+"""Texts: LAMBADA, local files, the embedded passages; calibration batches. The only importer of datasets."""

@@ -1,0 +1,125 @@
+"""Passages and the files they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ipex_sq.errors import DataError
+
+
+@dataclass(frozen=True)
+class Document:
+    """A passage split before its last word.
+
+    Attributes:
+        context: Everything before the last word, without the space between.
+        continuation: The last word, with the leading space that tokenizers join to it.
+    """
+
+    context: str
+    continuation: str
+
+    @property
+    def text(self) -> str:
+        """The whole passage."""
+        return self.context + self.continuation
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Documents with their origin.
+
+    Attributes:
+        name: What was asked for, such as "lambada" or a file's name.
+        split: "train", "validation", "test" or "file".
+        documents: In the order of the source.
+        why: Why this set, where the choice was automatic.
+    """
+
+    name: str
+    split: str
+    documents: tuple[Document, ...]
+    why: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the texts, in order."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(document.text.encode() + b"\n")
+        return digest.hexdigest()
+
+    def first(self, count: int | None) -> TextSet:
+        """The set cut to its first `count` documents (None: all)."""
+        return self if count is None else replace(self, documents=self.documents[:count])
+
+
+def split_last_word(text: str, where: str) -> Document:
+    """Split a passage before its last word.
+
+    Raises:
+        DataError: Fewer than two words; `where` says which passage.
+    """
+    stripped = text.strip()
+    if not stripped:
+        raise DataError(f"{where}: the text is empty")
+    context, space, word = stripped.rpartition(" ")
+    if not space or not context.strip():
+        raise DataError(f"{where}: the text has one word, at least two are needed")
+    return Document(context, " " + word)
+
+
+def read_jsonl(path: Path) -> tuple[Document, ...]:
+    """Read passages from JSON lines of `{"text"}` or `{"context", "continuation"}`.
+
+    Raises:
+        DataError: Missing or unreadable file, or a malformed line, named as file:line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    documents = tuple(
+        _document(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
+    )
+    if not documents:
+        raise DataError(f"{path}: no documents")
+    return documents
+
+
+def _document(line: str, where: str) -> Document:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+    if isinstance(row.get("text"), str):
+        return split_last_word(row["text"], where)
+    context, continuation = row.get("context"), row.get("continuation")
+    if not isinstance(context, str) or not isinstance(continuation, str):
+        raise DataError(f'{where}: needs "text", or "context" and "continuation", as strings')
+    if not context.strip() or not continuation.strip():
+        raise DataError(f"{where}: the context or the continuation is empty")
+    return Document(context.rstrip(), " " + continuation.strip())
+
+
+def check_disjoint(calibration: Iterable[Document], evaluation: Sequence[Document]) -> None:
+    """Refuse calibration texts that are also evaluated.
+
+    Raises:
+        DataError: Says how many rows are shared, and the first.
+    """
+    evaluated = {document.text for document in evaluation}
+    shared = [document.text for document in calibration if document.text in evaluated]
+    if shared:
+        raise DataError(
+            f"{len(shared)} calibration row(s) are also evaluation rows, the first is "
+            f"{shared[0][:50]!r}...: pass another --calib_dataset or a smaller --limit"
+        )

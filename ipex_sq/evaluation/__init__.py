@@ -1,0 +1,1 @@
+"""Accuracy: last word, last token and perplexity, paired against fp32."""

@@ -1,0 +1,207 @@
+"""One row of the comparison: load, quantize, evaluate, and say what was run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ipex_sq.backends.base import DTYPES
+from ipex_sq.backends.quantization import QuantizedModel, quantize_model
+from ipex_sq.backends.registry import available_backends, choose_backend
+from ipex_sq.config import DataConfig, EvaluationConfig, ModelConfig, QuantConfig
+from ipex_sq.data.calibration import calibration_batches, choose_texts
+from ipex_sq.data.documents import TextSet, check_disjoint
+from ipex_sq.data.lambada import default_calibration, load_lambada
+from ipex_sq.errors import BackendUnavailableError, ConfigError
+from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada, paired_difference
+from ipex_sq.models.loading import load_model
+from ipex_sq.system import peak_rss_bytes, reset_peak_rss
+
+COMPARED_BACKENDS = ("native", "ipex")
+"""What a comparison runs unless told otherwise: native first, because IPEX, once imported, patches
+operators of the whole process."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The documents to score and to calibrate on; disjoint."""
+
+    evaluation: TextSet
+    calibration: TextSet | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to score: float where `quant` is None.
+
+    Attributes:
+        label: "fp32", "bf16", "int8" or "int8+sq".
+        dtype: Precision of a float run.
+        quant: Recipe and backend of an int8 run.
+    """
+
+    label: str
+    dtype: str = "fp32"
+    quant: QuantConfig | None = None
+
+
+@dataclass
+class Outcome:
+    """A scored run.
+
+    Attributes:
+        row: As in the JSON document; `delta`, `gained` and `lost` are None until paired.
+        scores: Per document.
+        model: Kept only where it was asked for.
+    """
+
+    row: dict[str, Any]
+    scores: LambadaResult
+    model: nn.Module | None = None
+    tokenizer: Any = None
+
+
+def load_texts(config: DataConfig, *, calibrate: bool) -> Texts:
+    """Load the documents to score and, for int8, those to calibrate on.
+
+    Raises:
+        DataError: Missing, malformed, too few, or rows in both sets.
+    """
+    evaluation = load_lambada(config.dataset).first(config.limit)
+    if not calibrate:
+        return Texts(evaluation, None)
+    if config.calib_dataset is None:
+        pool = default_calibration(evaluation)
+    else:
+        pool = load_lambada(config.calib_dataset, purpose="calibration")
+    chosen = TextSet(pool.name, pool.split, tuple(choose_texts(pool.documents, config)), pool.why)
+    check_disjoint(chosen.documents, evaluation.documents)
+    return Texts(evaluation, chosen)
+
+
+def backends_to_compare(names: str) -> tuple[str, ...]:
+    """The backends of a comparison: those named (comma-separated), or for "auto" all that can run.
+
+    Raises:
+        BackendUnavailableError: A named one cannot run, or none can.
+    """
+    if names != "auto":
+        wanted = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
+        return tuple(choose_backend(name).backend.name for name in wanted)
+    reasons = available_backends()
+    runnable = tuple(name for name in COMPARED_BACKENDS if not reasons[name])
+    if not runnable:
+        raise BackendUnavailableError("auto", [f"{name}: {reasons[name]}" for name in reasons])
+    return runnable
+
+
+def run_lambada(
+    run: Run, texts: Texts, *, model: ModelConfig, data: DataConfig, evaluation: EvaluationConfig
+) -> Outcome:
+    """Load, quantize where asked, and score one model."""
+    reset_peak_rss()
+    loaded, tokenizer = load_model(
+        model.model_name_or_path, trust_remote_code=model.trust_remote_code
+    )
+    start = time.perf_counter()
+    if run.quant is None:
+        ready, description = loaded.to(DTYPES[run.dtype]), _float_description(run)
+    else:
+        quantized = _quantize(loaded, tokenizer, (run.quant, texts, data))
+        ready, description = quantized.model, _int8_description(quantized, run.quant)
+        description["quantize_s"] = time.perf_counter() - start
+    documents = texts.evaluation.documents
+    start = time.perf_counter()
+    scores = evaluate_lambada(ready, tokenizer, documents, evaluation)
+    seconds = time.perf_counter() - start
+    row = {
+        "label": run.label,
+        **description,
+        **_accuracy(scores),
+        "evaluate_s": seconds,
+        "docs_per_s": len(documents) / seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    return Outcome(row, scores, ready, tokenizer)
+
+
+def pair(outcome: Outcome, baseline: Outcome) -> None:
+    """Fill in what the run gains and loses against the fp32 one."""
+    difference = paired_difference(outcome.scores, baseline.scores)
+    outcome.row["delta"] = difference.delta
+    outcome.row["delta_stderr"] = difference.stderr
+    outcome.row["gained"], outcome.row["lost"] = difference.gained, difference.lost
+
+
+def _quantize(
+    model: nn.Module, tokenizer: Any, settings: tuple[QuantConfig, Texts, DataConfig]
+) -> QuantizedModel:
+    quant, texts, data = settings
+    if texts.calibration is None:
+        raise ConfigError("int8 needs calibration texts")
+    batches = calibration_batches(
+        texts.calibration.documents, tokenizer, max_tokens=data.calib_max_tokens
+    )
+    return quantize_model(model, batches, quant, describe(texts.calibration))
+
+
+def describe(texts: TextSet) -> dict[str, Any]:
+    """Name, split, digest and size of a text set, for results and plans."""
+    return {
+        "dataset": texts.name,
+        "split": texts.split,
+        "sha256": texts.sha256,
+        "rows": len(texts.documents),
+    }
+
+
+def _accuracy(scores: LambadaResult) -> dict[str, Any]:
+    return {
+        "last_word_accuracy": scores.last_word_accuracy,
+        "last_token_accuracy": scores.last_token_accuracy,
+        "perplexity": scores.perplexity,
+        "stderr": scores.stderr,
+        "delta": None,
+        "delta_stderr": None,
+        "gained": None,
+        "lost": None,
+    }
+
+
+def _float_description(run: Run) -> dict[str, Any]:
+    return {
+        "backend": "torch",
+        "kernels": "eager",
+        "precision": run.dtype,
+        "dtype": run.dtype,
+        "alpha": None,
+        "int8_linears": 0,
+        "float_linears": None,
+        "float_reasons": {},
+        "quantize_s": None,
+    }
+
+
+def _int8_description(quantized: QuantizedModel, quant: QuantConfig) -> dict[str, Any]:
+    plan = quantized.plan
+    choice = choose_backend(quant.backend)
+    reasons = plan.float_reasons if plan else {}
+    return {
+        "backend": quantized.backend,
+        "backend_why": choice.why,
+        "kernels": choice.backend.kernels,
+        "precision": "int8",
+        "dtype": quantized.dtype,
+        "alpha": quantized.alpha,
+        "observer": plan.observer if plan else "minmax",
+        "int8_linears": len(plan.int8_names) if plan else quantized.int8_linears,
+        "float_linears": sum(reasons.values()),
+        "float_reasons": reasons,
+        "smooth_groups": plan.placements if plan else {},
+        "smoothing_change": quantized.smoothing_change,
+        "seconds": quantized.seconds,
+    }
+

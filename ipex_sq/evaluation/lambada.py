@@ -1,0 +1,227 @@
+"""LAMBADA, as lm-evaluation-harness defines it.
+
+The whole passage is tokenised, without special tokens, and cut where the tokens of the context
+end. `last_word_accuracy` asks that every token of the last word be the greedy choice given the
+true text before it; `last_token_accuracy` asks it of the last token alone. Logits are computed
+only at the positions asked for: a hook hands the head just those rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ipex_sq.config import EvaluationConfig
+from ipex_sq.data.documents import Document
+from ipex_sq.errors import DataError, NumericalCheckError
+
+logger = logging.getLogger(__name__)
+
+PAD_MULTIPLE = 8
+"""Batches are padded to a multiple of this many tokens: fewer shapes to compile or to prepare."""
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """Token ids of a passage; the last `target_tokens` of them are the last word."""
+
+    ids: tuple[int, ...]
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class LambadaResult:
+    """Scores of every document, in the order given.
+
+    Attributes:
+        word_correct: Every token of the last word was the greedy choice.
+        token_correct: The last token was.
+        log_probability: log p(last word | context), in nats.
+    """
+
+    word_correct: tuple[bool, ...]
+    token_correct: tuple[bool, ...]
+    log_probability: tuple[float, ...]
+
+    @property
+    def last_word_accuracy(self) -> float:
+        """Share of documents, 0 to 1."""
+        return sum(self.word_correct) / len(self.word_correct)
+
+    @property
+    def last_token_accuracy(self) -> float:
+        """Share of documents, 0 to 1."""
+        return sum(self.token_correct) / len(self.token_correct)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-mean log p(last word)), > 1."""
+        return math.exp(-sum(self.log_probability) / len(self.log_probability))
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `last_word_accuracy` (sample deviation over root n, as lm-eval)."""
+        count, mean = len(self.word_correct), self.last_word_accuracy
+        return math.sqrt(mean * (1 - mean) / (count - 1)) if count > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """A result against the fp32 one on the same documents.
+
+    Attributes:
+        delta: Difference of `last_word_accuracy`, in points (hundredths).
+        gained: Documents that only the candidate has right.
+        lost: Documents that only fp32 has right.
+        stderr: Standard error of `delta`, in points; smaller than of either accuracy alone.
+    """
+
+    delta: float
+    gained: int
+    lost: int
+    stderr: float
+
+
+def paired_difference(candidate: LambadaResult, baseline: LambadaResult) -> PairedDifference:
+    """Compare two results document by document."""
+    pairs = list(zip(candidate.word_correct, baseline.word_correct, strict=True))
+    gained = sum(new and not old for new, old in pairs)
+    lost = sum(old and not new for new, old in pairs)
+    count = len(pairs)
+    mean = (gained - lost) / count
+    variance = (gained + lost) / count - mean**2
+    stderr = math.sqrt(variance / (count - 1)) if count > 1 else 0.0
+    return PairedDifference(100 * mean, gained, lost, 100 * stderr)
+
+
+def encode_documents(
+    documents: Sequence[Document], tokenizer: Any, max_positions: int | None = None
+) -> list[EncodedDocument]:
+    """Tokenise passages and mark the tokens of the last word.
+
+    Raises:
+        DataError: No documents, or one longer than the model's positions.
+    """
+    if not documents:
+        raise DataError("there are no documents to evaluate")
+    encoded = []
+    for number, document in enumerate(documents, 1):
+        whole = tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        context = tokenizer(document.context, add_special_tokens=False)["input_ids"]
+        targets = len(whole) - len(context)
+        if targets < 1 or not context:
+            raise DataError(f"document {number}: its last word has no tokens of its own")
+        if max_positions is not None and len(whole) > max_positions:
+            raise DataError(
+                f"document {number} has {len(whole)} tokens, the model has {max_positions} "
+                "positions: shorten it"
+            )
+        encoded.append(EncodedDocument(tuple(whole), targets))
+    return encoded
+
+
+def evaluate_lambada(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    config: EvaluationConfig = EvaluationConfig(),  # noqa: B008
+) -> LambadaResult:
+    """Score every document. The result does not depend on batch size or order.
+
+    Raises:
+        DataError: No documents, or one that is too long.
+        NumericalCheckError: The model produced logits that are not finite.
+    """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    encoded = encode_documents(documents, tokenizer, positions)
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids), reverse=True)
+    scores: dict[int, tuple[bool, bool, float]] = {}
+    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    bar = tqdm(batches, desc="evaluate", unit="batch", disable=None, leave=False)
+    for number, indices in enumerate(bar, 1):
+        scored = _score_batch(model, [encoded[index] for index in indices])
+        scores.update(zip(indices, scored, strict=True))
+        accuracy = sum(item[0] for item in scores.values()) / len(scores)
+        bar.set_postfix_str(f"last word {accuracy:.4f}", refresh=False)
+        if bar.disable and number % config.log_frequency == 0:
+            logger.info("%d of %d batches, last word %.4f", number, len(batches), accuracy)
+    columns = zip(*(scores[index] for index in range(len(encoded))), strict=True)
+    words, tokens, logs = columns
+    return LambadaResult(words, tokens, logs)
+
+
+@torch.inference_mode()
+def _score_batch(
+    model: nn.Module, rows: Sequence[EncodedDocument]
+) -> list[tuple[bool, bool, float]]:
+    """Score documents that fit into one forward pass."""
+    longest = max(len(row.ids) for row in rows) - 1  # the last token is only a target
+    width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    picks = []
+    for index, row in enumerate(rows):
+        inputs = row.ids[:-1]
+        ids[index, : len(inputs)] = torch.tensor(inputs)
+        mask[index, : len(inputs)] = 1
+        start = len(inputs) - row.target_tokens
+        picks += [index * width + position for position in range(start, len(inputs))]
+    chosen = torch.tensor(picks)
+    with logits_at(model, chosen):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    logits = logits.reshape(-1, logits.shape[-1])
+    if len(logits) != len(picks):  # a traced model gives every position
+        logits = logits[chosen]
+    return _score_rows(logits.float(), rows)
+
+
+def _score_rows(
+    logits: Tensor, rows: Sequence[EncodedDocument]
+) -> list[tuple[bool, bool, float]]:
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericalCheckError("the model's logits are not finite: it cannot be scored")
+    targets = torch.tensor([token for row in rows for token in row.ids[-row.target_tokens :]])
+    greedy = logits.argmax(dim=-1) == targets
+    logs = logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+    scores, start = [], 0
+    for row in rows:
+        end = start + row.target_tokens
+        correct = greedy[start:end]
+        log = float(logs[start:end].double().sum())
+        scores.append((bool(correct.all()), bool(correct[-1]), log))
+        start = end
+    return scores
+
+
+@contextmanager
+def logits_at(model: nn.Module, picks: Tensor) -> Iterator[None]:
+    """Inside the block the head sees only rows `picks` of the flattened hidden states.
+
+    All-position logits are half the work of a small model with a large vocabulary, and gigabytes.
+
+    Args:
+        model: Where it has no output embeddings of its own (a traced one) the block changes nothing.
+        picks: `[n]`, indices into `[batch * tokens]`; logits come out as `[1, n, vocabulary]`.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module):
+        yield
+        return
+
+    def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[picks][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()

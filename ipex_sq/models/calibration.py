@@ -1,0 +1,97 @@
+"""One pass over the calibration texts: statistics of every Linear, and who feeds whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ipex_sq.errors import CalibrationError
+from ipex_sq.models.folding import smoothed_linear
+from ipex_sq.models.topology import find_topology, quantizable_linears
+from ipex_sq.recipe.histograms import record_histograms
+from ipex_sq.recipe.observers import record_stats
+from ipex_sq.recipe.plan import QuantPlan
+from ipex_sq.recipe.planning import ActStats
+
+Batch = Mapping[str, Tensor]
+"""`input_ids` and `attention_mask`, both `[batch, tokens]`, without padding."""
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Batch], source: Mapping[str, Any] | None = None
+) -> ActStats:
+    """Run the float model over `batches` and record what its Linears are fed.
+
+    Args:
+        model: Float model; it is not changed.
+        batches: Unpadded batches (padding would change the ranges).
+        source: Where the texts came from, kept with the statistics.
+
+    Raises:
+        CalibrationError: No batches, a padded batch, a Linear never reached, a value not finite.
+        UnsupportedModelError: Nothing to quantize.
+    """
+    rows = [_checked(batch) for batch in batches]
+    if not rows:
+        raise CalibrationError("there are no calibration batches: pass at least one text")
+    linears, _ = quantizable_linears(model)
+    example = {key: value[:1] for key, value in rows[0].items()}
+    topology = find_topology(model, example)
+    with record_stats(linears) as recorder, torch.no_grad():
+        for batch in _bar(rows, "calibrate"):
+            _run_body(model, batch)
+    return ActStats(
+        linears=recorder.finish(),
+        groups=topology.groups,
+        float_reasons=topology.float_reasons,
+        example=example,
+        texts=sum(row["input_ids"].shape[0] for row in rows),
+        tokens=sum(row["input_ids"].numel() for row in rows),
+        source=dict(source or {}),
+    )
+
+
+def kl_ranges(
+    model: nn.Module, plan: QuantPlan, batches: Sequence[Batch]
+) -> dict[str, tuple[float, float]]:
+    """Second pass, over the smoothed model: the KL range of every int8 Linear's input."""
+    linears = {name: smoothed_linear(model, name) for name in plan.int8_names}
+    ranges = {name: _planned_range(plan, name) for name in linears}
+    with record_histograms(linears, ranges) as histograms, torch.no_grad():
+        for batch in _bar(batches, "kl histograms"):
+            _run_body(model, _checked(batch))
+    return {name: histogram.kl_range() for name, histogram in histograms.items()}
+
+
+def _planned_range(plan: QuantPlan, name: str) -> tuple[float, float]:
+    activation = plan.linears[name].activation
+    assert activation is not None  # noqa: S101
+    low = -activation.zero_point * activation.scale
+    return low, low + 255 * activation.scale
+
+
+def _run_body(model: nn.Module, batch: Batch) -> None:
+    """Run only the base model: the head feeds no Linear that is quantized."""
+    body = getattr(model, "base_model", model)
+    options = {} if body is model else {"use_cache": False}
+    body(**batch, **options)
+
+
+def _checked(batch: Batch) -> Batch:
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if ids.numel() == 0:
+        raise CalibrationError("a calibration batch is empty")
+    if mask is not None and not bool(mask.bool().all()):
+        raise CalibrationError(
+            "a calibration batch is padded, which would change the ranges: batch rows of equal "
+            "length only (calibration_batches does)"
+        )
+    return batch
+
+
+def _bar(batches: Sequence[Batch], text: str) -> Iterable[Batch]:
+    return tqdm(batches, desc=text, unit="batch", disable=None, leave=False)

@@ -1,0 +1,123 @@
+"""Load a model and its tokenizer, from the hub, a local folder or the embedded package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipex_sq.config import EMBEDDED
+from ipex_sq.errors import CheckpointError, DataError, NumericalCheckError, UnsupportedModelError
+from ipex_sq.hub import hub_problem
+from ipex_sq.models.embedded import embedded_folder
+
+
+def load_model(
+    name_or_path: str = EMBEDDED, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """Load a causal language model in fp32, for inference, and its tokenizer.
+
+    Only safetensors weights are read: no pickle is opened.
+
+    Args:
+        name_or_path: "embedded", a local folder, or a hub name.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        DataError: The hub is unreachable or knows no such model; the folder is none.
+        UnsupportedModelError: It is not a causal language model.
+        NumericalCheckError: A weight is not finite.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, options = resolve_source(name_or_path)
+    options["trust_remote_code"] = trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            source, torch_dtype=torch.float32, use_safetensors=True, **options
+        )
+    except OSError as error:
+        raise _loading_error(name_or_path, error) from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{name_or_path} is not a causal language model that this transformers knows: "
+            f"{_first_line(error)}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    check_finite(model)
+    return model.eval(), tokenizer
+
+
+def resolve_source(name_or_path: str) -> tuple[str, dict[str, Any]]:
+    """Where transformers should look, and the options that keep it from waiting for the hub.
+
+    Raises:
+        DataError: A local path that is no model folder.
+    """
+    if name_or_path == EMBEDDED:
+        return str(embedded_folder()), {"local_files_only": True}
+    path = Path(name_or_path)
+    if path.exists() or name_or_path.startswith((".", "/", "~")):
+        if not (path / "config.json").is_file():
+            raise DataError(
+                f"{name_or_path} is not a model folder: it has no config.json. Pass a folder "
+                "written by save_pretrained, a hub name, or leave the flag out"
+            )
+        return name_or_path, {"local_files_only": True}
+    return name_or_path, {"local_files_only": hub_problem() is not None}
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with a NaN or an infinity among its weights.
+
+    Raises:
+        NumericalCheckError: Names the first such weight.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NumericalCheckError(f"weight {name!r} holds values that are not finite")
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model that `folder`'s config.json describes, parameters on the meta device.
+
+    Buffers that no checkpoint holds (rotary frequencies) are real.
+
+    Raises:
+        CheckpointError: The folder holds no config of a causal language model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: no model can be built: {_first_line(error)}") from error
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved beside a checkpoint."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _loading_error(name: str, error: OSError) -> DataError:
+    problem = hub_problem()
+    if problem and not Path(name).exists():
+        return DataError(
+            f"{name} is not in the local cache and the hub is unreachable: {problem}. Pass a "
+            "local folder, or leave out --model_name_or_path for the embedded model"
+        )
+    return DataError(f"{name} could not be loaded: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,208 @@
+"""QuantPlan: every numeric decision of a quantized model, in one frozen, serialisable value.
+
+Backends execute a plan and decide nothing. A plan file reproduces a run without calibration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipex_sq.errors import CheckpointError
+from ipex_sq.recipe.qparams import ActivationQParams, activation_qparams
+
+PLAN_VERSION = 1
+
+STATIC_INT8 = "static_int8"
+FLOAT = "float"
+FOLD, PRESCALE, UNSMOOTHED = "fold", "prescale", "none"
+
+
+@dataclass(frozen=True)
+class SmoothGroup:
+    """Linears that read one tensor, and the module that wrote it.
+
+    Attributes:
+        readers: Module paths of the Linears; they share one smoothing scale.
+        producer: Module path of the norm that wrote the tensor, or None.
+        fold_problem: Why the scale cannot go into the producer; empty where it can.
+    """
+
+    readers: tuple[str, ...]
+    producer: str | None
+    fold_problem: str = ""
+
+    @property
+    def key(self) -> str:
+        """Name of the group: its first reader."""
+        return self.readers[0]
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What becomes of one Linear.
+
+    Attributes:
+        mode: "static_int8" or "float".
+        reason: Why it stays float; empty for int8.
+        group: Key of its smooth group; empty for float.
+        activation: uint8 parameters of its (smoothed) input; None for float.
+        weight_scale: `[out_features]`, of its (smoothed) weight; None for float.
+    """
+
+    mode: str
+    reason: str = ""
+    group: str = ""
+    activation: ActivationQParams | None = None
+    weight_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """How one smooth group is smoothed.
+
+    Attributes:
+        group: The group.
+        placement: "fold" (into the producer), "prescale" (multiplied at run time) or "none".
+        alpha: Migration strength used, or None.
+        scale: `[in_features]` smoothing scale s, or None.
+    """
+
+    group: SmoothGroup
+    placement: str = UNSMOOTHED
+    alpha: float | None = None
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """The whole plan.
+
+    Attributes:
+        alpha: The alpha used for the model, or None without SmoothQuant.
+        alpha_errors: Relative output error of the int8 Linears at each alpha that the search tried.
+        observer: "minmax" or "kl".
+        linears: By module path.
+        groups: By group key.
+        calibration: Texts and tokens behind the statistics, and where they came from.
+    """
+
+    alpha: float | None
+    observer: str
+    linears: Mapping[str, LinearPlan]
+    groups: Mapping[str, GroupPlan]
+    alpha_errors: Mapping[float, float] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def int8_names(self) -> list[str]:
+        """Module paths of the Linears that run in int8."""
+        return [name for name, item in self.linears.items() if item.mode != FLOAT]
+
+    @property
+    def float_reasons(self) -> dict[str, int]:
+        """How many Linears stay float, by reason."""
+        return dict(Counter(item.reason for item in self.linears.values() if item.mode == FLOAT))
+
+    @property
+    def placements(self) -> dict[str, int]:
+        """How many groups are folded, pre-scaled and left alone."""
+        return dict(Counter(item.placement for item in self.groups.values()))
+
+    def prescale_of(self, name: str) -> Tensor | None:
+        """The scale that divides this Linear's input at run time, `[in_features]`, or None."""
+        group = self.groups[self.linears[name].group]
+        return group.scale if group.placement == PRESCALE else None
+
+    def with_ranges(self, ranges: Mapping[str, tuple[float, float]], observer: str) -> QuantPlan:
+        """The same plan with other activation ranges (of the smoothed inputs)."""
+        linears = dict(self.linears)
+        for name, (low, high) in ranges.items():
+            linears[name] = replace(linears[name], activation=activation_qparams(low, high))
+        return replace(self, linears=linears, observer=observer)
+
+    def to_json(self) -> str:
+        """Everything but the tensors, as JSON."""
+        document = {
+            "version": PLAN_VERSION,
+            "alpha": self.alpha,
+            "alpha_errors": {str(alpha): error for alpha, error in self.alpha_errors.items()},
+            "observer": self.observer,
+            "calibration": dict(self.calibration),
+            "linears": {
+                name: {
+                    "mode": item.mode,
+                    "reason": item.reason,
+                    "group": item.group,
+                    "activation": asdict(item.activation) if item.activation else None,
+                }
+                for name, item in self.linears.items()
+            },
+            "groups": {
+                key: {**asdict(item.group), "placement": item.placement, "alpha": item.alpha}
+                for key, item in self.groups.items()
+            },
+        }
+        return json.dumps(document, indent=1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the plan under a unique key, for safetensors."""
+        found = {
+            f"{name}.weight_scale": item.weight_scale
+            for name, item in self.linears.items()
+            if item.weight_scale is not None
+        }
+        for key, item in self.groups.items():
+            if item.scale is not None:
+                found[f"{key}.smoothing_scale"] = item.scale
+        return {key: tensor.float().contiguous() for key, tensor in found.items()}
+
+    @classmethod
+    def from_json(cls, text: str, tensors: Mapping[str, Tensor]) -> QuantPlan:
+        """Inverse of `to_json` and `tensors`.
+
+        Raises:
+            CheckpointError: The text is no plan, of another version, or a tensor is missing.
+        """
+        try:
+            document = json.loads(text)
+            if document["version"] != PLAN_VERSION:
+                raise CheckpointError(
+                    f"the plan has version {document['version']}, this ipex_sq reads "
+                    f"{PLAN_VERSION}: quantize the model again"
+                )
+            linears = {
+                name: _linear_plan(name, item, tensors)
+                for name, item in document["linears"].items()
+            }
+            groups = {
+                key: _group_plan(key, item, tensors) for key, item in document["groups"].items()
+            }
+            errors = {float(alpha): value for alpha, value in document["alpha_errors"].items()}
+            calibration = document["calibration"]
+            alpha, observer = document["alpha"], document["observer"]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"not a quantization plan: {error!r}") from error
+        return cls(alpha, observer, linears, groups, errors, calibration)
+
+
+def _linear_plan(name: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> LinearPlan:
+    if item["mode"] == FLOAT:
+        return LinearPlan(FLOAT, reason=item["reason"])
+    activation = ActivationQParams(**item["activation"])
+    scale = tensors[f"{name}.weight_scale"]
+    return LinearPlan(item["mode"], "", item["group"], activation, scale)
+
+
+def _group_plan(key: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> GroupPlan:
+    group = SmoothGroup(tuple(item["readers"]), item["producer"], item["fold_problem"])
+    if item["placement"] == UNSMOOTHED:
+        return GroupPlan(group)
+    scale = tensors[f"{key}.smoothing_scale"].to(torch.float32)
+    return GroupPlan(group, item["placement"], item["alpha"], scale)

@@ -1,0 +1,34 @@
+"""SmoothQuant's per-channel scale (Xiao et al. 2022, arXiv 2211.10438, equation 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALLEST_ABSMAX = 1e-5
+"""Floor of both absmax vectors, as in the authors' code: a dead channel must not divide by zero."""
+
+
+def smoothing_scale(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
+    """s = absmax(X)^alpha / absmax(W)^(1 - alpha), per input channel.
+
+    A channel that calibration never saw above the floor keeps s = 1: its 1/s would amplify whatever
+    arrives later without bound (a departure from the paper, which does not treat dead channels).
+
+    Args:
+        act_absmax: `[in_features]`, largest absolute input per channel.
+        weight_absmax: `[in_features]`, largest absolute weight per column, over every reader.
+        alpha: Migration strength, 0 to 1.
+
+    Returns:
+        `[in_features]`, > 0. Weight columns are multiplied by it, activations divided.
+    """
+    activations = act_absmax.float().clamp(min=SMALLEST_ABSMAX)
+    weights = weight_absmax.float().clamp(min=SMALLEST_ABSMAX)
+    scale = activations.pow(alpha) / weights.pow(1.0 - alpha)
+    return torch.where(act_absmax <= SMALLEST_ABSMAX, torch.ones_like(scale), scale)
+
+
+def column_absmax(weights: list[Tensor]) -> Tensor:
+    """Largest absolute value of each column over weights `[out_i, in_features]`; `[in_features]`."""
+    return torch.stack([weight.detach().float().abs().amax(dim=0) for weight in weights]).amax(0)

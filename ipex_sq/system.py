@@ -1,0 +1,145 @@
+"""What this machine is and which versions run: the card that every result carries."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+VERSIONED_PACKAGES = (
+    "torch",
+    "intel_extension_for_pytorch",
+    "neural_compressor_pt",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+)
+
+
+@dataclass(frozen=True)
+class SystemCard:
+    """The machine a result was measured on.
+
+    Attributes:
+        cpu: Model name as the kernel gives it.
+        isa: Widest int8 instruction set that oneDNN can use: "AMX",
+            "AVX512-VNNI", "AVX2-VNNI", "AVX512" or "AVX2".
+        bf16: True where bf16 has instructions of its own.
+        cores: Physical cores.
+        threads: Threads that torch uses within an operator.
+        memory_bytes: Installed memory.
+    """
+
+    cpu: str
+    isa: str
+    bf16: bool
+    cores: int
+    threads: int
+    memory_bytes: int
+    platform: str
+
+    @classmethod
+    def read(cls) -> SystemCard:
+        """Read the card of this machine (imports torch)."""
+        import psutil
+        import torch
+
+        return cls(
+            cpu=_cpu_name(),
+            isa=int8_isa(),
+            bf16=has_bf16_instructions(),
+            cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+            threads=torch.get_num_threads(),
+            memory_bytes=psutil.virtual_memory().total,
+            platform=platform.platform(aliased=True, terse=True),
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """The card as plain data, for JSON."""
+        return asdict(self)
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction-set flags of the first CPU, as Linux names them; empty elsewhere."""
+    for line in _cpuinfo():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def int8_isa() -> str:
+    """Widest int8 instruction set that this CPU offers to oneDNN."""
+    flags = cpu_flags()
+    if {"amx_tile", "amx_int8"} <= flags:
+        return "AMX"
+    if "avx512_vnni" in flags:
+        return "AVX512-VNNI"
+    if "avx_vnni" in flags:
+        return "AVX2-VNNI"
+    return "AVX512" if "avx512bw" in flags else "AVX2"
+
+
+def has_bf16_instructions() -> bool:
+    """True where the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages of the field that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def command_line() -> str:
+    """The command that runs, by the script's name only (paths of the machine are nobody's business)."""
+    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def reset_peak_rss() -> None:
+    """Make `peak_rss_bytes` count from now (Linux; elsewhere the peak stays the process's)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory since `reset_peak_rss`, in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return _process_peak()
+    peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(peaks[0]) * 1024 if peaks else _process_peak()
+
+
+def cache_directory() -> Path:
+    """Where converted models live: `$IPEX_SQ_CACHE`, else `~/.cache/ipex_sq`."""
+    chosen = os.environ.get("IPEX_SQ_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "ipex_sq"
+
+
+def _process_peak() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cpu_name() -> str:
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
