@@ -15,6 +15,7 @@ EMBEDDED = "embedded"
 BACKENDS = ("ipex", "native", "inc", "reference")
 OBSERVERS = ("minmax", "kl")
 PRECISIONS = ("fp32", "bf16")
+LOGITS = ("all", "last")
 
 
 def _setting(default: Any, text: str, **flag: Any) -> Any:
@@ -132,6 +133,11 @@ class BenchmarkConfig:
 
     batch_size: int = _setting(16, "sequences per batch", type=int)
     sequence_length: int = _setting(196, "tokens per sequence", type=int)
+    logits: str = _setting(
+        "all",
+        "positions whose logits are computed: all, or last as a prefill needs",
+        choices=LOGITS,
+    )
     iterations: int = _setting(7, "timed forward passes of each precision", type=int)
     warmup: int = _setting(2, "untimed passes first (IPEX fuses its graph in the second)", type=int)
     seed: int = _setting(42, "seed of the random token ids", type=int)
@@ -139,6 +145,7 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "iterations", "warmup"):
             _check_positive(name, getattr(self, name))
+        _check_choice("logits", self.logits, LOGITS)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def package_versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that runs, by the script's name only (paths of the machine are nobody's business)."""
+    """The command that runs, the script by its name only: paths of a machine tell nobody else."""
     return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 

@@ -23,15 +23,10 @@ def compiler_problem() -> str | None:
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of the model: the ModuleList that holds most parameters and buffers."""
+    """The repeated layers of the model: the ModuleList that holds most modules."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return []
-
-    def linears(layers: nn.ModuleList) -> int:
-        return sum(1 for module in layers.modules() if next(module.children(), None) is None)
-
-    return list(max(lists, key=linears))
+    sizes = [sum(1 for _ in layers.modules()) for layers in lists]
+    return list(lists[sizes.index(max(sizes))]) if lists else []
 
 
 def compile_layers(model: nn.Module) -> nn.Module:

@@ -206,5 +206,3 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
     logger.setLevel(level)
-
-

@@ -25,7 +25,7 @@ class NativeBackend(Backend):
 
     @property
     def kernels(self) -> str:  # type: ignore[override]
-        """oneDNN and the instruction set that it picks."""
+        """OneDNN and the instruction set that it picks."""
         return f"oneDNN {int8_isa()}"
 
     def unsupported_reasons(self) -> list[str]:

@@ -100,9 +100,8 @@ def _quantize_with_plan(
     assert isinstance(backend, Backend)  # noqa: S101
     if isinstance(batches, ActStats) and config.observer != "minmax":
         raise ConfigError(f"observer {config.observer!r} makes a second pass: pass the batches")
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "calibrate"):
-        stats = batches if isinstance(batches, ActStats) else calibrate(model, batches, source)
+    stats = batches if isinstance(batches, ActStats) else calibrate(model, batches, source)
+    seconds = {"calibrate": stats.seconds}
     with _timed(seconds, "plan"):
         decided = plan(model, stats, config)
     with _timed(seconds, "smooth"):

@@ -22,6 +22,10 @@ _BACKENDS: dict[str, type[AnyBackend]] = {
 PREFERRED = ("ipex", "native")
 """What `auto` tries, in this order."""
 
+COMPARED_BACKENDS = ("native", "ipex")
+"""What a comparison runs unless told otherwise: native first, because IPEX, once imported, patches
+operators of the whole process."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -55,7 +59,7 @@ def choose_backend(name: str) -> Choice:
 
 
 def _automatic() -> Choice:
-    passed_over = []
+    passed_over: list[str] = []
     for name in PREFERRED:
         backend = _BACKENDS[name]()
         reasons = backend.unsupported_reasons()
@@ -63,3 +67,19 @@ def _automatic() -> Choice:
             return Choice(backend, "auto: " + ("; ".join(passed_over) or "it can run"))
         passed_over.append(f"{name} cannot run ({'; '.join(reasons)})")
     raise BackendUnavailableError("auto", passed_over)
+
+
+def backends_to_compare(names: str) -> tuple[str, ...]:
+    """The backends of a comparison: those named (comma-separated), or for "auto" all that can run.
+
+    Raises:
+        BackendUnavailableError: A named one cannot run, or none can.
+    """
+    if names != "auto":
+        wanted = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
+        return tuple(choose_backend(name).backend.name for name in wanted)
+    reasons = available_backends()
+    runnable = tuple(name for name in COMPARED_BACKENDS if not reasons[name])
+    if not runnable:
+        raise BackendUnavailableError("auto", [f"{name}: {reasons[name]}" for name in reasons])
+    return runnable

@@ -95,12 +95,13 @@ def command(arguments: Sequence[str]) -> None:
     folder = _output_folder(flags, runs)
     check_output(flags.output)
 
-    from ipex_sq.evaluation.experiment import load_texts, pair, run_lambada
+    from ipex_sq.evaluation.experiment import Experiment, load_texts, pair
 
     texts = load_texts(data, calibrate=any(run.quant for run in runs))
+    experiment = Experiment(texts, model, data, evaluation=evaluation)
     outcomes = []
     for run in runs:
-        outcome = run_lambada(run, texts, model=model, data=data, evaluation=evaluation)
+        outcome = experiment.run(run)
         if folder is not None:
             from ipex_sq.checkpoint.saving import save
 
@@ -134,8 +135,8 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 def _runs(flags: argparse.Namespace) -> list[Any]:
-    from ipex_sq.backends.registry import choose_backend
-    from ipex_sq.evaluation.experiment import Run, backends_to_compare
+    from ipex_sq.backends.registry import backends_to_compare, choose_backend
+    from ipex_sq.evaluation.experiment import Run
 
     alpha = QuantConfig.alpha if flags.alpha is None else flags.alpha
     if flags.compare:

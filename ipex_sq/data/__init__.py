@@ -1,1 +1,1 @@
-"""Texts: LAMBADA, local files, the embedded passages; calibration batches. The only importer of datasets."""
+"""Texts: LAMBADA, local files, embedded passages, calibration batches. Only here: datasets."""

@@ -46,7 +46,7 @@ def load_lambada(name: str = "auto", *, purpose: str = "evaluation") -> TextSet:
 
 
 def default_calibration(evaluation: TextSet) -> TextSet:
-    """Texts to calibrate on where none were named: lambada's train split for lambada, else embedded."""
+    """Calibration texts where none were named: lambada's train split for it, else embedded."""
     name = "lambada" if evaluation.name == "lambada" else EMBEDDED
     return load_lambada(name, purpose="calibration")
 

@@ -9,20 +9,19 @@ from typing import Any
 from torch import nn
 
 from ipex_sq.backends.base import DTYPES
+from ipex_sq.backends.inc import IncBackend
 from ipex_sq.backends.quantization import QuantizedModel, quantize_model
-from ipex_sq.backends.registry import available_backends, choose_backend
+from ipex_sq.backends.registry import choose_backend
 from ipex_sq.config import DataConfig, EvaluationConfig, ModelConfig, QuantConfig
 from ipex_sq.data.calibration import calibration_batches, choose_texts
 from ipex_sq.data.documents import TextSet, check_disjoint
 from ipex_sq.data.lambada import default_calibration, load_lambada
-from ipex_sq.errors import BackendUnavailableError, ConfigError
+from ipex_sq.errors import ConfigError
 from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada, paired_difference
+from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.loading import load_model
+from ipex_sq.recipe.planning import ActStats
 from ipex_sq.system import peak_rss_bytes, reset_peak_rss
-
-COMPARED_BACKENDS = ("native", "ipex")
-"""What a comparison runs unless told otherwise: native first, because IPEX, once imported, patches
-operators of the whole process."""
 
 
 @dataclass(frozen=True)
@@ -82,50 +81,58 @@ def load_texts(config: DataConfig, *, calibrate: bool) -> Texts:
     return Texts(evaluation, chosen)
 
 
-def backends_to_compare(names: str) -> tuple[str, ...]:
-    """The backends of a comparison: those named (comma-separated), or for "auto" all that can run.
+class Experiment:
+    """Runs that share a model, texts and one calibration.
 
-    Raises:
-        BackendUnavailableError: A named one cannot run, or none can.
+    The float model is the same for every recipe, and so are its statistics: they are gathered
+    once, and the time is counted in every row that uses them.
     """
-    if names != "auto":
-        wanted = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
-        return tuple(choose_backend(name).backend.name for name in wanted)
-    reasons = available_backends()
-    runnable = tuple(name for name in COMPARED_BACKENDS if not reasons[name])
-    if not runnable:
-        raise BackendUnavailableError("auto", [f"{name}: {reasons[name]}" for name in reasons])
-    return runnable
 
+    def __init__(
+        self, texts: Texts, model: ModelConfig, data: DataConfig, *, evaluation: EvaluationConfig
+    ) -> None:
+        self._texts, self._model, self._data = texts, model, data
+        self._evaluation = evaluation
+        self._stats: ActStats | None = None
 
-def run_lambada(
-    run: Run, texts: Texts, *, model: ModelConfig, data: DataConfig, evaluation: EvaluationConfig
-) -> Outcome:
-    """Load, quantize where asked, and score one model."""
-    reset_peak_rss()
-    loaded, tokenizer = load_model(
-        model.model_name_or_path, trust_remote_code=model.trust_remote_code
-    )
-    start = time.perf_counter()
-    if run.quant is None:
-        ready, description = loaded.to(DTYPES[run.dtype]), _float_description(run)
-    else:
-        quantized = _quantize(loaded, tokenizer, (run.quant, texts, data))
-        ready, description = quantized.model, _int8_description(quantized, run.quant)
-        description["quantize_s"] = time.perf_counter() - start
-    documents = texts.evaluation.documents
-    start = time.perf_counter()
-    scores = evaluate_lambada(ready, tokenizer, documents, evaluation)
-    seconds = time.perf_counter() - start
-    row = {
-        "label": run.label,
-        **description,
-        **_accuracy(scores),
-        "evaluate_s": seconds,
-        "docs_per_s": len(documents) / seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-    return Outcome(row, scores, ready, tokenizer)
+    def run(self, run: Run) -> Outcome:
+        """Load, quantize where asked, and score one model."""
+        reset_peak_rss()
+        model, tokenizer = load_model(
+            self._model.model_name_or_path, trust_remote_code=self._model.trust_remote_code
+        )
+        if run.quant is None:
+            ready, description = model.to(DTYPES[run.dtype]), _float_description(run)
+        else:
+            quantized = self._quantize(model, tokenizer, run.quant)
+            ready, description = quantized.model, _int8_description(quantized, run.quant)
+        documents = self._texts.evaluation.documents
+        start = time.perf_counter()
+        scores = evaluate_lambada(ready, tokenizer, documents, self._evaluation)
+        seconds = time.perf_counter() - start
+        row = {
+            "label": run.label,
+            **description,
+            **_accuracy(scores),
+            "evaluate_s": seconds,
+            "docs_per_s": len(documents) / seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        return Outcome(row, scores, ready, tokenizer)
+
+    def _quantize(self, model: nn.Module, tokenizer: Any, quant: QuantConfig) -> QuantizedModel:
+        texts = self._texts.calibration
+        if texts is None:
+            raise ConfigError("int8 needs calibration texts")
+        batches = calibration_batches(
+            texts.documents, tokenizer, max_tokens=self._data.calib_max_tokens
+        )
+        source = describe(texts)
+        if quant.backend == IncBackend.name or quant.observer != "minmax":
+            return quantize_model(model, batches, quant, source)
+        if self._stats is None:
+            self._stats = calibrate(model, batches, source)
+        return quantize_model(model, self._stats, quant)
 
 
 def pair(outcome: Outcome, baseline: Outcome) -> None:
@@ -134,18 +141,6 @@ def pair(outcome: Outcome, baseline: Outcome) -> None:
     outcome.row["delta"] = difference.delta
     outcome.row["delta_stderr"] = difference.stderr
     outcome.row["gained"], outcome.row["lost"] = difference.gained, difference.lost
-
-
-def _quantize(
-    model: nn.Module, tokenizer: Any, settings: tuple[QuantConfig, Texts, DataConfig]
-) -> QuantizedModel:
-    quant, texts, data = settings
-    if texts.calibration is None:
-        raise ConfigError("int8 needs calibration texts")
-    batches = calibration_batches(
-        texts.calibration.documents, tokenizer, max_tokens=data.calib_max_tokens
-    )
-    return quantize_model(model, batches, quant, describe(texts.calibration))
 
 
 def describe(texts: TextSet) -> dict[str, Any]:
@@ -202,6 +197,6 @@ def _int8_description(quantized: QuantizedModel, quant: QuantConfig) -> dict[str
         "float_reasons": reasons,
         "smooth_groups": plan.placements if plan else {},
         "smoothing_change": quantized.smoothing_change,
+        "quantize_s": sum(quantized.seconds.values()),
         "seconds": quantized.seconds,
     }
-

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from ipex_sq.config import EvaluationConfig
 from ipex_sq.data.documents import Document
 from ipex_sq.errors import DataError, NumericalCheckError
+from ipex_sq.models.body import logits_at
 
 logger = logging.getLogger(__name__)
 
@@ -183,9 +183,7 @@ def _score_batch(
     return _score_rows(logits.float(), rows)
 
 
-def _score_rows(
-    logits: Tensor, rows: Sequence[EncodedDocument]
-) -> list[tuple[bool, bool, float]]:
+def _score_rows(logits: Tensor, rows: Sequence[EncodedDocument]) -> list[tuple[bool, bool, float]]:
     if not bool(torch.isfinite(logits).all()):
         raise NumericalCheckError("the model's logits are not finite: it cannot be scored")
     targets = torch.tensor([token for row in rows for token in row.ids[-row.target_tokens :]])
@@ -199,29 +197,3 @@ def _score_rows(
         scores.append((bool(correct.all()), bool(correct[-1]), log))
         start = end
     return scores
-
-
-@contextmanager
-def logits_at(model: nn.Module, picks: Tensor) -> Iterator[None]:
-    """Inside the block the head sees only rows `picks` of the flattened hidden states.
-
-    All-position logits are half the work of a small model with a large vocabulary, and gigabytes.
-
-    Args:
-        model: Where it has no output embeddings of its own (a traced one) the block changes nothing.
-        picks: `[n]`, indices into `[batch * tokens]`; logits come out as `[1, n, vocabulary]`.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not isinstance(head, nn.Module):
-        yield
-        return
-
-    def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (hidden.reshape(-1, hidden.shape[-1])[picks][None], *args[1:])
-
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,1 +1,1 @@
-"""Models: loading, the embedded default, who feeds whom, and folding. The only importer of transformers."""
+"""Models: loading, the embedded one, who feeds whom, folding. Only here: transformers."""

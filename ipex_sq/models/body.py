@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,3 +70,30 @@ class BodyForTracing(nn.Module):
         )
         hidden: Tensor = outputs[0]
         return hidden
+
+
+@contextmanager
+def logits_at(model: nn.Module, picks: Tensor) -> Iterator[None]:
+    """Inside the block the head sees only rows `picks` of the flattened hidden states.
+
+    All-position logits are half the work of a small model with a large vocabulary, and gigabytes.
+
+    Args:
+        model: Without output embeddings of its own (a traced one) it is left as it is.
+        picks: `[n]`, indices into `[batch * tokens]`; logits come out as `[1, n, vocabulary]`.
+    """
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if not isinstance(head, nn.Module):
+        yield
+        return
+
+    def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[picks][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()

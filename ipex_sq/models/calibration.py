@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ def calibrate(
         CalibrationError: No batches, a padded batch, a Linear never reached, a value not finite.
         UnsupportedModelError: Nothing to quantize.
     """
+    start = time.perf_counter()
     rows = [_checked(batch) for batch in batches]
     if not rows:
         raise CalibrationError("there are no calibration batches: pass at least one text")
@@ -52,6 +54,7 @@ def calibrate(
         texts=sum(row["input_ids"].shape[0] for row in rows),
         tokens=sum(row["input_ids"].numel() for row in rows),
         source=dict(source or {}),
+        seconds=time.perf_counter() - start,
     )
 
 

@@ -167,9 +167,7 @@ def _record_outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Te
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
     try:
         yield outputs
     finally:

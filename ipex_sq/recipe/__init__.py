@@ -1,1 +1,1 @@
-"""The algorithm as pure tensor math: statistics, ranges, smoothing, the choice of alpha, the plan."""
+"""The algorithm as tensor math: statistics, ranges, smoothing, the choice of alpha, the plan."""

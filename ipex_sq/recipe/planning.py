@@ -38,6 +38,7 @@ class ActStats:
         texts: Number of calibration texts.
         tokens: Number of calibration tokens.
         source: Name and digest of the texts.
+        seconds: Wall time of the calibration.
     """
 
     linears: Mapping[str, LinearStats]
@@ -47,6 +48,7 @@ class ActStats:
     texts: int
     tokens: int
     source: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def make_plan(
@@ -67,9 +69,7 @@ def make_plan(
         }
         alpha, errors = search_alpha(inputs, progress=_bar)
     strength = None if alpha is None else float(alpha)
-    groups = {
-        group.key: _plan_group(group, stats, weights, strength) for group in stats.groups
-    }
+    groups = {group.key: _plan_group(group, stats, weights, strength) for group in stats.groups}
     linears = {name: LinearPlan(FLOAT, reason) for name, reason in stats.float_reasons.items()}
     for item in groups.values():
         linears |= _plan_linears(item, stats, weights)

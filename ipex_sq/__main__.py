@@ -1,0 +1,29 @@
+"""`python -m ipex_sq <command>`: the commands of the scripts, from anywhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ipex_sq.cli import benchmark, eval_lambada
+from ipex_sq.cli.running import run
+from ipex_sq.errors import unknown_name
+
+COMMANDS = {"eval_lambada": eval_lambada.command, "benchmark": benchmark.command}
+
+USAGE = f"usage: python -m ipex_sq {{{','.join(COMMANDS)}}} [flags]; each takes --help\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command named first."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return
+    name = arguments[0].replace("-", "_")
+    if name not in COMMANDS:
+        raise unknown_name("command", arguments[0], COMMANDS)
+    COMMANDS[name](arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
