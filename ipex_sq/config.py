@@ -1,4 +1,4 @@
-"""The settings and their defaults, each written once; command-line flags are generated from here."""
+"""The settings and their defaults, each written once; flags are generated from here."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class Int8Linear(nn.Module):
         return self.packed.to_dense().t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x `[..., in_features]`, any float dtype, to `[..., out_features]` in `output_dtype`."""
+        """Map x `[..., in_features]`, any float, to `[..., out_features]` in `output_dtype`."""
         levels = torch.round(x.float() * self.multiplier) + self.input_zero_point
         rounded = levels.clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
         output: Tensor = torch.ops.ipex_sq.int8_linear(

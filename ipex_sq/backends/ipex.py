@@ -110,8 +110,10 @@ def _reads_int8(value: Any) -> bool:
 
 
 def tracing_inputs(example: Example) -> tuple[Tensor, Tensor]:
-    """Two rows, one of them padded: without padding transformers drops the mask while IPEX
-    prepares but builds it while torch traces, and the two would see different operators.
+    """Two rows of the example, one of them padded.
+
+    Without padding transformers drops the mask while IPEX prepares but builds it while torch
+    traces, and the two would see different operators.
     """
     ids = example["input_ids"][:1].repeat(2, 1)
     mask = torch.ones_like(ids)

@@ -1,0 +1,131 @@
+"""Every backend must give what `reference` gives for the same plan."""
+
+import copy
+
+import pytest
+import torch
+
+from conftest import INT8_BACKENDS, LANE, logits_of, relative_error
+from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.backends.quantization import plan, quantize, quantize_model
+from ipex_sq.backends.registry import available_backends, choose_backend
+from ipex_sq.config import QuantConfig
+from ipex_sq.errors import BackendUnavailableError, ConfigError
+from ipex_sq.models.calibration import calibrate
+from ipex_sq.models.folding import apply_smoothing
+from ipex_sq.models.tiny import FAMILIES, tiny_model
+from ipex_sq.recipe.qparams import activation_qparams
+
+# In fp32 only rounding ties differ (a level is 1/255 of the range): well under one level.
+FP32_BOUND = 5e-3
+# bf16 keeps 8 bits of mantissa in everything that is not int8.
+BF16_BOUND = 5e-2
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5])
+@pytest.mark.parametrize("backend", INT8_BACKENDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_agrees_with_reference(family, backend, alpha, batches, unseen):
+    config = QuantConfig(alpha=alpha, backend="reference")
+    wanted = logits_of(quantize(tiny_model(family), batches, config), unseen)
+    config = QuantConfig(alpha=alpha, backend=backend, dtype="fp32")
+    model = quantize(tiny_model(family), batches, config)
+    assert relative_error(logits_of(model, unseen), wanted) < FP32_BOUND
+
+
+@pytest.mark.parametrize("backend", INT8_BACKENDS)
+def test_agrees_in_bf16(backend, batches, unseen):
+    config = QuantConfig(alpha=0.5, backend="reference")
+    wanted = logits_of(quantize(tiny_model("llama"), batches, config), unseen)
+    config = QuantConfig(alpha=0.5, backend=backend, dtype="bf16")
+    model = quantize(tiny_model("llama"), batches, config)
+    assert relative_error(logits_of(model, unseen), wanted) < BF16_BOUND
+
+
+@pytest.mark.parametrize("backend", INT8_BACKENDS)
+def test_padding_does_not_change_real_positions(backend, batches, unseen):
+    model = quantize(tiny_model("llama"), batches, QuantConfig(backend=backend, dtype="fp32"))
+    ids = unseen["input_ids"]
+    padded = torch.nn.functional.pad(ids, (0, 9))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 9))
+    got = logits_of(model, {"input_ids": padded, "attention_mask": mask})[:, : ids.shape[1]]
+    assert relative_error(got, logits_of(model, unseen)) < FP32_BOUND
+
+
+def test_kl_observer_runs_and_is_recorded(batches, unseen):
+    config = QuantConfig(observer="kl", backend="native", dtype="fp32")
+    quantized = quantize_model(tiny_model("llama"), batches, config)
+    assert quantized.plan.observer == "kl"
+    assert torch.isfinite(logits_of(quantized.model, unseen)).all()
+
+
+def test_statistics_stand_in_for_batches(batches, unseen):
+    model = tiny_model("llama")
+    stats = calibrate(model, batches)
+    config = QuantConfig(alpha=0.5, backend="native", dtype="fp32")
+    direct = quantize(tiny_model("llama"), batches, config)
+    from_stats = quantize(model, stats, config)
+    assert torch.equal(logits_of(from_stats, unseen), logits_of(direct, unseen))
+    with pytest.raises(ConfigError, match="batches"):
+        quantize(tiny_model("llama"), stats, QuantConfig(observer="kl", backend="native"))
+
+
+def test_native_generates_with_a_cache(batches):
+    config = QuantConfig(alpha=0.5, backend="native", dtype="fp32")
+    model = quantize(tiny_model("llama"), batches, config)
+    prompt = batches[0]["input_ids"][:1, :8]
+    mask = torch.ones_like(prompt)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    cached = model.generate(prompt, attention_mask=mask, **options)
+    plain = model.generate(prompt, attention_mask=mask, use_cache=False, **options)
+    assert cached.shape[1] == 16
+    assert torch.equal(cached, plain)
+
+
+def test_int8_linear_matches_the_integers(unseen):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (24, 32), dtype=torch.int8, generator=generator)
+    x, bias = torch.randn(5, 32, generator=generator), torch.randn(24, generator=generator)
+    scale, prescale = torch.rand(24, generator=generator), torch.rand(32, generator=generator) + 0.5
+    qparams = activation_qparams(-2.0, 3.0)
+    linear = Int8Linear(weight, scale, bias)
+    linear.set_input(qparams, prescale)
+    levels = (torch.round(x * (1 / (prescale * qparams.scale))) + qparams.zero_point).clamp(0, 255)
+    exact = ((levels.long() - qparams.zero_point) @ weight.long().T).double()
+    torch.testing.assert_close(
+        linear(x).double(), exact * qparams.scale * scale + bias, rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(linear.weight, weight)
+
+
+def test_every_planned_linear_really_is_int8(batches):
+    model = quantize(tiny_model("opt"), batches, QuantConfig(backend="native"))
+    lowered = [name for name, m in model.named_modules() if isinstance(m, Int8Linear)]
+    assert sorted(lowered) == sorted(model.quant_plan.int8_names)
+    assert len(lowered) == 12
+
+
+def test_the_lane_offers_its_backends():
+    reasons = available_backends()
+    assert all(not reasons[name] for name in (*INT8_BACKENDS, "reference"))
+    assert choose_backend("auto").backend.name == ("ipex" if LANE == "ipex" else "native")
+    if LANE == "ipex":
+        assert not reasons["inc"]
+    else:
+        with pytest.raises(BackendUnavailableError) as caught:
+            choose_backend("ipex")
+        assert caught.value.backend == "ipex"
+        assert caught.value.reasons
+
+
+def test_reference_does_not_round_twice(batches, unseen):
+    """Simulating a plan on an already smoothed model equals the one-call pipeline."""
+    model = tiny_model("llama")
+    stats = calibrate(model, batches)
+    decided = plan(model, stats, QuantConfig(alpha=0.5))
+    apply_smoothing(model, decided, stats.example)
+    backend = choose_backend("reference").backend
+    lowered = backend.lower(copy.deepcopy(model), decided, stats.example, "fp32")
+    config = QuantConfig(alpha=0.5, backend="reference")
+    piped = quantize(tiny_model("llama"), batches, config)
+    assert torch.equal(logits_of(lowered, unseen), logits_of(piped, unseen))

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from torch import nn
+
+from conftest import logits_of, relative_error
+from ipex_sq.backends.quantization import plan, quantize
+from ipex_sq.config import QuantConfig
+from ipex_sq.errors import CalibrationError, NumericalCheckError
+from ipex_sq.models import folding
+from ipex_sq.models.calibration import calibrate
+from ipex_sq.models.folding import apply_smoothing, fold_form, fold_scale
+from ipex_sq.models.tiny import FAMILIES, tiny_model
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.9])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smoothing_preserves_float_logits(family, alpha, batches, unseen):
+    model = tiny_model(family)
+    before = logits_of(model, unseen)
+    decided = plan(model, calibrate(model, batches), QuantConfig(alpha=alpha))
+    apply_smoothing(model, decided, batches[0])
+    assert set(decided.placements) == {"fold", "prescale"}
+    assert relative_error(logits_of(model, unseen), before) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_from_statistics_is_the_plan_of_the_smoothed_model(family, batches):
+    model = tiny_model(family)
+    decided = plan(model, calibrate(model, batches), QuantConfig(alpha=0.7))
+    apply_smoothing(model, decided, batches[0])
+    for name in decided.int8_names:
+        linear = folding.smoothed_linear(model, name)
+        seen = []
+        hook = linear.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+        for batch in batches:
+            logits_of(model, batch)
+        hook.remove()
+        low = min(float(x.min()) for x in seen)
+        high = max(float(x.max()) for x in seen)
+        planned = decided.linears[name].activation
+        assert planned.scale == pytest.approx((max(high, 0) - min(low, 0)) / 255, rel=1e-4)
+        torch.testing.assert_close(
+            decided.linears[name].weight_scale,
+            linear.weight.detach().abs().amax(1) / 127,
+            rtol=1e-5,
+            atol=0,
+        )
+
+
+class _OffsetNorm(nn.Module):
+    """Multiplies by 1 + weight, as Gemma's norms do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8) * 0.1)
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x, (8,)) * (1 + self.weight)
+
+
+class _Bounded(nn.Module):
+    """Has a weight that does not scale its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return torch.tanh(x * self.weight)
+
+
+@pytest.mark.parametrize(
+    ("norm", "form"),
+    [(nn.LayerNorm(8), "direct"), (nn.RMSNorm(8), "direct"), (_OffsetNorm(), "offset")],
+)
+def test_the_form_of_a_norm_is_found_and_folds_exactly(norm, form):
+    assert fold_form(norm, 8) == form
+    x, scale = torch.randn(5, 8), torch.rand(8) + 0.5
+    wanted = norm(x) / scale
+    fold_scale(norm, scale, form)
+    torch.testing.assert_close(norm(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_whose_weight_does_not_scale_cannot_fold():
+    assert fold_form(_Bounded(), 8) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fold_into_the_wrong_norm_is_caught_and_named(family, batches):
+    model = tiny_model(family)
+    decided = plan(model, calibrate(model, batches), QuantConfig(alpha=0.5))
+    folded = [item for item in decided.groups.values() if item.placement == "fold"]
+    wrong = folded[0].group.__class__(folded[0].group.readers, folded[1].group.producer)
+    groups = dict(decided.groups)
+    groups[wrong.key] = folded[0].__class__(wrong, "fold", 0.5, folded[0].scale)
+    broken = decided.__class__(0.5, "minmax", decided.linears, groups)
+    with pytest.raises(NumericalCheckError, match="smooth group"):
+        apply_smoothing(model, broken, batches[0])
+
+
+def test_a_padded_batch_is_refused(batches):
+    padded = {key: value.clone() for key, value in batches[0].items()}
+    padded["attention_mask"][0, -1] = 0
+    with pytest.raises(CalibrationError, match="padded"):
+        calibrate(tiny_model("llama"), [padded])
+
+
+def test_no_batches_are_refused():
+    with pytest.raises(CalibrationError, match="no calibration batches"):
+        calibrate(tiny_model("llama"), [])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outliers_make_smoothquant_beat_plain_int8(family, batches, unseen):
+    wanted = logits_of(tiny_model(family), unseen)
+    errors = {}
+    for alpha in (None, 0.5):
+        config = QuantConfig(alpha=alpha, backend="reference")
+        model = quantize(tiny_model(family), batches, config)
+        errors[alpha] = relative_error(logits_of(model, unseen), wanted)
+    assert errors[0.5] < 0.7 * errors[None]
