@@ -70,6 +70,10 @@ class IpexBackend(Backend):
         body = BodyForTracing(model.base_model).eval()  # type: ignore[arg-type]
         with quiet(), torch.no_grad(), _autocast(dtype):
             frozen = _graph(body, plan, inputs, str(model.base_model_prefix))
+        # Outside autocast, as it will be called: the executor profiles each setting anew, and
+        # until then bf16 bits differ from call to call.
+        with quiet():
+            warm_up(frozen, inputs)
         return replace_body(model, frozen, DTYPES[dtype])
 
 
@@ -92,7 +96,7 @@ def _graph(body: nn.Module, plan: QuantPlan, inputs: tuple[Any, ...], prefix: st
     lowered, wanted = count_int8_linears(traced), len(plan.int8_names)
     if lowered != wanted:
         raise NumericalCheckError(f"IPEX runs {lowered} Linears in int8, the plan has {wanted}")
-    return warm_up(torch.jit.freeze(traced.eval()), inputs)
+    return torch.jit.freeze(traced.eval())
 
 
 def count_int8_linears(traced: Any) -> int:

@@ -81,7 +81,7 @@ def load(folder: str | Path) -> nn.Module:
     _check_transformers(manifest)
     _check_digests(source, manifest)
     plan = load_plan(source)
-    model = skeleton(source)
+    model = skeleton(source, manifest["attention"])
     tensors = _read_tensors(source / WEIGHTS)
     if manifest["backend"] == IpexBackend.name:
         model = _load_ipex(model, source, (plan, tensors, manifest))
@@ -137,8 +137,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _manifest(model: nn.Module, kind: str, folder: Path) -> dict[str, Any]:
     files = sorted(path.name for path in folder.iterdir() if path.suffix in {".safetensors", ".pt"})
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    config: Any = model.config
     return {
         "backend": kind,
+        "attention": config._attn_implementation,
         "dtype": next(key for key, value in DTYPES.items() if value == head.weight.dtype),
         "versions": package_versions(),
         "sha256": {name: _sha256(folder / name) for name in files},

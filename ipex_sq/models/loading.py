@@ -82,10 +82,15 @@ def check_finite(model: nn.Module) -> None:
             raise NumericalCheckError(f"weight {name!r} holds values that are not finite")
 
 
-def skeleton(folder: Path) -> nn.Module:
+def skeleton(folder: Path, attention: str) -> nn.Module:
     """The model that `folder`'s config.json describes, parameters on the meta device.
 
     Buffers that no checkpoint holds (rotary frequencies) are real.
+
+    Args:
+        folder: Holds config.json.
+        attention: transformers' name of the attention implementation. config.json does not keep
+            it, and a config that was read back would choose another.
 
     Raises:
         CheckpointError: The folder holds no config of a causal language model.
@@ -96,7 +101,9 @@ def skeleton(folder: Path) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention
+            )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: no model can be built: {_first_line(error)}") from error
     return model.eval()
