@@ -103,7 +103,9 @@ class DataConfig:
         "lambada, the embedded calibration texts for everything else)",
     )
     calib_samples: int = _setting(128, "number of calibration texts", type=int)
-    calib_max_tokens: int = _setting(512, "longest calibration text, in tokens", type=int)
+    calib_max_tokens: int = _setting(
+        128, "calibration texts are cut to this many tokens; equal lengths batch well", type=int
+    )
     limit: int | None = _setting(None, "evaluate only the first N documents", type=int)
     seed: int = _setting(42, "seed of the choice of calibration texts", type=int)
 

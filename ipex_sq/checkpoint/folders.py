@@ -29,10 +29,11 @@ def check_writable(folder: Path) -> None:
             f"--output_dir {folder} is not empty and was not written by ipex_sq: name another"
         )
     parent = folder.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"--output_dir {folder}: {parent} is not a writable folder")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent).cleanup()
+    except OSError as error:
+        raise ConfigError(f"--output_dir {folder} is not writable: {error.strerror}") from error
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -45,7 +46,6 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """
     check_writable(folder)
     parent = folder.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
     old = scratch.with_name(f"{scratch.name}-old")
     try:

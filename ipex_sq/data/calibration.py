@@ -39,7 +39,7 @@ def calibration_batches(
 
     Args:
         documents: Texts to calibrate on.
-        tokenizer: Called without special tokens, as in evaluation.
+        tokenizer: Called as in evaluation, with its default special tokens.
         max_tokens: Longer texts are cut at their end.
 
     Returns:
@@ -52,7 +52,7 @@ def calibration_batches(
         raise DataError("there are no calibration texts")
     by_length: dict[int, list[list[int]]] = defaultdict(list)
     for document in documents:
-        ids = tokenizer(document.text, add_special_tokens=False)["input_ids"][:max_tokens]
+        ids = tokenizer(document.text)["input_ids"][:max_tokens]
         if len(ids) < 2:
             raise DataError(f"calibration text {document.text[:30]!r} has fewer than two tokens")
         by_length[len(ids)].append(ids)

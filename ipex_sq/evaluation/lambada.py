@@ -1,9 +1,10 @@
 """LAMBADA, as lm-evaluation-harness defines it.
 
-The whole passage is tokenised, without special tokens, and cut where the tokens of the context
-end. `last_word_accuracy` asks that every token of the last word be the greedy choice given the
-true text before it; `last_token_accuracy` asks it of the last token alone. Logits are computed
-only at the positions asked for: a hook hands the head just those rows.
+The whole passage is tokenised, with the special tokens that the tokenizer puts in front by
+default, and cut where the tokens of the context end. `last_word_accuracy` asks that every token of
+the last word be the greedy choice given the true text before it; `last_token_accuracy` asks it of
+the last token alone. Logits are computed only at the positions asked for: a hook hands the head
+just those rows.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def encode_documents(
         raise DataError("there are no documents to evaluate")
     encoded = []
     for number, document in enumerate(documents, 1):
-        whole = tokenizer(document.text, add_special_tokens=False)["input_ids"]
-        context = tokenizer(document.context, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(document.text)["input_ids"]
+        context = tokenizer(document.context)["input_ids"]
         targets = len(whole) - len(context)
         if targets < 1 or not context:
             raise DataError(f"document {number}: its last word has no tokens of its own")

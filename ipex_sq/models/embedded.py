@@ -67,6 +67,8 @@ def _write_folder(source: str, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
     tokenizer.pad_token = tokenizer.eos_token
+    # SmolLM2's own tokenizer prepends nothing; transformers 4 makes a Llama one, which does.
+    tokenizer.add_bos_token = False
     read: Any = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF_FILE, torch_dtype=torch.float32
     )

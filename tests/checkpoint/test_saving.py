@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-
 from conftest import INT8_BACKENDS, logits_of
+
 from ipex_sq import load, save
 from ipex_sq.backends.quantization import quantize
 from ipex_sq.config import QuantConfig

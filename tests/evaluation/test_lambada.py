@@ -3,8 +3,8 @@ import random
 
 import pytest
 import torch
-
 from conftest import TEXTS
+
 from ipex_sq.config import EvaluationConfig
 from ipex_sq.data.documents import Document, split_last_word
 from ipex_sq.errors import DataError, NumericalCheckError
@@ -25,8 +25,8 @@ DOCUMENTS = [split_last_word(text, "test") for text in TEXTS] + [
 
 def _by_hand(model, tokenizer, document):
     """One document, no batch, no padding, all logits."""
-    ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
-    context = tokenizer(document.context, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(document.text)["input_ids"]
+    context = tokenizer(document.context)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([ids]), use_cache=False)[0][0].double()
     targets = ids[len(context) :]

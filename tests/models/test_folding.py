@@ -1,8 +1,8 @@
 import pytest
 import torch
+from conftest import logits_of, relative_error
 from torch import nn
 
-from conftest import logits_of, relative_error
 from ipex_sq.backends.quantization import plan, quantize
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CalibrationError, NumericalCheckError

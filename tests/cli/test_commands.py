@@ -1,0 +1,239 @@
+"""The scripts as a user runs them: one line and exit 2 for bad input, JSON last for good."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXTS
+
+from ipex_sq.cli import benchmark, eval_lambada
+from ipex_sq.cli.running import run
+from ipex_sq.config import DataConfig, QuantConfig
+from ipex_sq.models.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder and two text files."""
+    place = tmp_path_factory.mktemp("inputs")
+    tiny_model("llama").save_pretrained(place / "model")
+    tiny_tokenizer(TEXTS).save_pretrained(place / "model")
+    write(place / "evaluate.jsonl", TEXTS[:3])
+    write(place / "calibrate.jsonl", TEXTS[3:])
+    return place
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def base_flags(folder):
+    return [
+        "--model_name_or_path", str(folder / "model"),
+        "--dataset", str(folder / "evaluate.jsonl"),
+        "--calib_dataset", str(folder / "calibrate.jsonl"),
+        "--calib_samples", "3",
+    ]  # fmt: skip
+
+
+def fails(capsys, flags, command=eval_lambada.command):
+    """Run, expect exit 2 and exactly one line on stderr; return it."""
+    assert run(command, flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+BAD_FLAGS = [
+    (["--int8", "--sq", "--alpha", "1.5"], "between 0 and 1"),
+    (["--int8", "--sq", "--alpha", "nan"], "between 0 and 1"),
+    (["--int8", "--sq", "--alpha", "foo"], "number from 0 to 1, or 'auto'"),
+    (["--sq"], "add --int8"),
+    (["--int8", "--alpha", "0.5"], "add --int8 --sq"),
+    (["--kl"], "add --int8"),
+    (["--int8", "--backend", "natve"], "did you mean 'native'"),
+    (["--compare", "--backend", "native,ipx"], "did you mean 'ipex'"),
+    (["--int8", "--backend", "native,ipex"], "--compare"),
+    (["--compare", "--int8"], "leave --int8"),
+    (["--batch_size", "0"], "batch_size must be at least 1"),
+    (["--limit", "x"], "--limit"),
+    (["--bogus"], "--bogus"),
+    (["--dtype", "fp8"], "--dtype"),
+    (["--output_dir", "here"], "add --int8"),
+    (["--dataset", "lambda"], "did you mean 'lambada'"),
+    (["--dataset", "missing.jsonl"], "no such file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), BAD_FLAGS, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_bad_flags(flags, message, folder, capsys):
+    keep = [] if "--dataset" in flags else base_flags(folder)
+    assert message in fails(capsys, [*keep, *flags])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "fine text"}\n{"text": }\n', "bad.jsonl:2: not JSON"),
+        ('{"text": ""}\n', "bad.jsonl:1: the text is empty"),
+        ('{"text": "word"}\n', "bad.jsonl:1: the text has one word"),
+        ("", "no documents"),
+        (json.dumps({"text": " ".join(["cat"] * 200)}) + "\n", "the model has 128 positions"),
+    ],
+)
+def test_bad_texts(content, message, folder, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    flags = ["--model_name_or_path", str(folder / "model"), "--dataset", str(path)]
+    assert message in fails(capsys, flags)
+
+
+def test_rows_used_twice(folder, capsys):
+    flags = base_flags(folder)
+    flags[5] = flags[3]
+    line = fails(capsys, [*flags, "--int8", "--backend", "native"])
+    assert "also evaluation rows" in line
+
+
+def test_too_few_calibration_texts(folder, capsys):
+    flags = [*base_flags(folder), "--int8", "--backend", "native"]
+    flags[flags.index("3")] = "30"
+    assert "asks for 30 texts" in fails(capsys, flags)
+
+
+def test_a_folder_without_config_and_an_unknown_model(folder, tmp_path, capsys, monkeypatch):
+    assert "no config.json" in fails(capsys, ["--model_name_or_path", str(tmp_path)])
+    monkeypatch.setattr("ipex_sq.models.loading.hub_problem", lambda: "no network in this test")
+    flags = [*base_flags(folder), "--model_name_or_path", "nobody/no-such-model"]
+    line = fails(capsys, flags)
+    assert "no network in this test" in line
+    assert "local folder" in line
+
+
+def test_unreachable_hub_data_set(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("ipex_sq.data.lambada.hub_problem", lambda: "no network in this test")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    assert "neither reachable nor cached" in fails(capsys, ["--dataset", "lambada_openai"])
+
+
+def _broken_copy(folder, tmp_path, change):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    model = tiny_model("llama")
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(tmp_path / "model")
+    return ["--model_name_or_path", str(tmp_path / "model")]
+
+
+def test_weights_that_are_not_finite(folder, tmp_path, capsys):
+    flags = _broken_copy(folder, tmp_path, lambda m: m.model.norm.weight.fill_(float("nan")))
+    line = fails(capsys, [*base_flags(folder), *flags])
+    assert "'model.norm.weight'" in line
+    assert "not finite" in line
+
+
+def test_activations_that_are_not_finite(folder, tmp_path, capsys):
+    def overflow(model):
+        model.model.layers[0].input_layernorm.weight.fill_(3e38)
+        model.model.layers[0].self_attn.q_proj.weight.fill_(3e38)
+
+    flags = _broken_copy(folder, tmp_path, overflow)
+    line = fails(capsys, [*base_flags(folder), *flags, "--int8", "--backend", "native"])
+    assert "not finite" in line
+
+
+def test_output_folders_that_are_not_ours(folder, tmp_path, capsys):
+    flags = [*base_flags(folder), "--int8", "--backend", "native", "--output_dir"]
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert "is a file" in fails(capsys, [*flags, str(file)])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("x")
+    assert "not written by ipex_sq" in fails(capsys, [*flags, str(tmp_path / "full")])
+    assert "is not writable" in fails(capsys, [*flags, "/proc/nowhere/x"])
+    assert "folder is missing" in fails(
+        capsys, [*base_flags(folder), "--output", str(tmp_path / "no" / "x.json")]
+    )
+
+
+def test_the_whole_job_on_a_tiny_model(folder, tmp_path, capsys):
+    output, saved = tmp_path / "result.json", tmp_path / "int8"
+    flags = [*base_flags(folder), "--int8", "--sq", "--backend", "native", "--batch-size", "2"]
+    flags += ["--output", str(output), "--output_dir", str(saved)]
+    assert run(eval_lambada.command, flags) == 0
+    table, line = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+    result = json.loads(line)
+    assert json.loads(output.read_text()) == result
+    assert "int8+sq" in table
+    (row,) = result["results"]
+    assert (row["int8_linears"], row["float_linears"]) == (14, 1)
+    assert row["float_reasons"] == {"output head": 1}
+    assert result["rows"] == 3
+    assert result["calibration"]["rows"] == 3
+    for key in ("system", "versions", "command", "dataset_sha256", "model"):
+        assert result[key]
+    from ipex_sq import load
+
+    assert load(saved).quant_plan.alpha == row["alpha"]
+
+
+def test_compare_pairs_every_row_against_fp32(folder, capsys):
+    flags = [*base_flags(folder), "--compare", "--backend", "native,reference"]
+    assert run(eval_lambada.command, flags) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [(row["label"], row["backend"]) for row in rows] == [
+        ("fp32", "torch"),
+        ("int8", "native"),
+        ("int8+sq", "native"),
+        ("int8", "reference"),
+        ("int8+sq", "reference"),
+    ]
+    for row in rows:
+        change = 100 * (row["last_word_accuracy"] - rows[0]["last_word_accuracy"])
+        assert row["delta"] == pytest.approx(change)
+        assert row["delta"] == pytest.approx(100 * (row["gained"] - row["lost"]) / 3)
+
+
+def test_benchmark_prints_every_precision(folder, capsys):
+    flags = ["--model_name_or_path", str(folder / "model"), "--int8", "--backend", "native"]
+    flags += [
+        "--batch_size",
+        "2",
+        "--sequence_length",
+        "16",
+        "--iterations",
+        "2",
+        "--logits",
+        "last",
+    ]
+    assert run(benchmark.command, flags) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [row["precision"] for row in rows] == ["fp32", "bf16", "bf16", "int8"]
+    assert rows[0]["speedup_vs_fp32"] == 1.0
+    assert all(row["median_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("parser", [eval_lambada.parser, benchmark.parser])
+def test_help_has_examples_and_every_default(parser):
+    text = parser().format_help()
+    assert "examples:" in text
+    if parser is eval_lambada.parser:
+        assert f"(default: {DataConfig().calib_samples})" in text
+        assert f"(default: {QuantConfig().alpha};" in text
+        for flag in ("--model-name-or-path", "--log_frequency", "--output_dir", "--kl", "--seed"):
+            assert flag in text
+
+
+def test_scripts_are_thin():
+    root = Path(__file__).parents[2]
+    for name in ("eval_lambada.py", "benchmark.py"):
+        assert len((root / name).read_text().splitlines()) < 15

@@ -1,0 +1,44 @@
+"""README's commands and code exist and its Python blocks run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ipex_sq.cli import benchmark, eval_lambada
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+SHELL = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "sh"
+    for line in block.splitlines()
+    if line.strip()
+]
+PARSERS = {"eval_lambada.py": eval_lambada.parser, "benchmark.py": benchmark.parser}
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("python ")])
+def test_flags_in_readme_exist(line):
+    _, script, *flags = line.split()
+    PARSERS[script]().parse_args(flags)
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])
+def test_make_targets_in_readme_exist(line):
+    target = line.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_every_number_has_a_result_file():
+    for name in re.findall(r"results/[\w.-]+\.json", README):
+        assert (ROOT / name).is_file(), name
