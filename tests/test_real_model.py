@@ -5,7 +5,14 @@ import math
 import pytest
 from conftest import INT8_BACKENDS
 
-from ipex_sq import DataConfig, QuantConfig, calibration_batches, evaluate_lambada, load_model
+from ipex_sq import (
+    DataConfig,
+    EvaluationConfig,
+    QuantConfig,
+    calibration_batches,
+    evaluate_lambada,
+    load_model,
+)
 from ipex_sq.backends.quantization import quantize_model
 from ipex_sq.data.calibration import choose_texts
 from ipex_sq.data.lambada import load_lambada
@@ -45,12 +52,14 @@ def test_smoothquant_restores_what_plain_int8_loses(backend, stats, fp32):
     assert scores[None].last_word_accuracy < baseline.last_word_accuracy - 0.08
 
 
-def _lm_eval(model, tokenizer):
+def _lm_eval(model, tokenizer, batch_size):
     """Accuracy and perplexity of the last word as lm-evaluation-harness computes them."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, softmax_dtype="float32")
+    harness = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
+    )
     requests = [
         Instance("loglikelihood", {}, (document.context, document.continuation), index)
         for index, document in enumerate(DOCUMENTS)
@@ -62,7 +71,7 @@ def _lm_eval(model, tokenizer):
 
 def test_agrees_with_lm_eval_in_fp32(fp32):
     model, tokenizer, ours = fp32
-    accuracy, perplexity = _lm_eval(model, tokenizer)
+    accuracy, perplexity = _lm_eval(model, tokenizer, 16)
     assert ours.last_word_accuracy == pytest.approx(accuracy, abs=1e-3)
     assert ours.perplexity == pytest.approx(perplexity, rel=1e-3)
 
@@ -70,7 +79,9 @@ def test_agrees_with_lm_eval_in_fp32(fp32):
 def test_lm_eval_runs_our_int8_model(stats):
     model, tokenizer = load_model()
     int8 = quantize_model(model, stats, QuantConfig(backend="native", dtype="fp32")).model
-    ours = evaluate_lambada(int8, tokenizer, DOCUMENTS)
-    accuracy, perplexity = _lm_eval(int8, tokenizer)
+    # One document at a time: with padding, attention differs in its last bits and int8 rounding
+    # turns some of that into other levels (0.5 % of perplexity on these documents).
+    ours = evaluate_lambada(int8, tokenizer, DOCUMENTS, EvaluationConfig(batch_size=1))
+    accuracy, perplexity = _lm_eval(int8, tokenizer, 1)
     assert ours.last_word_accuracy == pytest.approx(accuracy, abs=1e-3)
     assert ours.perplexity == pytest.approx(perplexity, rel=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -73,4 +75,9 @@ def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
         # The same tensor objects: q, k and v then round their input once in the compiled graph.
         for shared in ("multiplier", "input_scale", "input_zero_point"):
             setattr(module, shared, getattr(first, shared))
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.use_cache = (
+            False  # a plain call scores text, compiled; generate() has its own setting
+        )
     return compile_layers(model)

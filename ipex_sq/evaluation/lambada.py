@@ -26,9 +26,6 @@ from ipex_sq.models.body import logits_at
 
 logger = logging.getLogger(__name__)
 
-PAD_MULTIPLE = 8
-"""Batches are padded to a multiple of this many tokens: fewer shapes to compile or to prepare."""
-
 
 @dataclass(frozen=True)
 class EncodedDocument:
@@ -164,15 +161,16 @@ def _score_batch(
     model: nn.Module, rows: Sequence[EncodedDocument]
 ) -> list[tuple[bool, bool, float]]:
     """Score documents that fit into one forward pass."""
-    longest = max(len(row.ids) for row in rows) - 1  # the last token is only a target
-    width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    width = max(len(row.ids) for row in rows) - 1  # the last token is only a target
     ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
+    # All ones: behind the last token padding is out of a causal model's sight, and without a real
+    # mask attention takes one and the same path for every batch (a mask changes its last bits,
+    # which int8 rounding can turn into another answer).
+    mask = torch.ones_like(ids)
     picks = []
     for index, row in enumerate(rows):
         inputs = row.ids[:-1]
         ids[index, : len(inputs)] = torch.tensor(inputs)
-        mask[index, : len(inputs)] = 1
         start = len(inputs) - row.target_tokens
         picks += [index * width + position for position in range(start, len(inputs))]
     chosen = torch.tensor(picks)
