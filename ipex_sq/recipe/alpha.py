@@ -37,8 +37,8 @@ def search_alpha(
     """Choose the alpha of least mean relative output error ||Yq - Y|| / ||Y||.
 
     The mean is of norms, not of squares: one layer with massive activations would otherwise decide
-    alone (measured on SmolLM2-135M: squares choose 0.85, norms 0.90, which is also what accuracy
-    and perplexity prefer; docs/log.md).
+    alone (measured on SmolLM2-135M: squares choose 0.85, norms 0.90 to 0.95, and accuracy and
+    perplexity prefer 0.90; docs/log.md).
 
     Args:
         groups: By group key.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ipex_sq.errors import CalibrationError
 
-ROWS_PER_BATCH = 2
-MOST_ROWS = 256
+ROWS_PER_BATCH = 12
+MOST_ROWS = 512
 
 
 @dataclass(frozen=True)
