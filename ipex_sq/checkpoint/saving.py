@@ -84,7 +84,7 @@ def load(folder: str | Path) -> nn.Module:
     model = skeleton(source, manifest["attention"])
     tensors = _read_tensors(source / WEIGHTS)
     if manifest["backend"] == IpexBackend.name:
-        model = _load_ipex(model, source, (plan, tensors, manifest))
+        model = _load_ipex(model, source, (tensors, manifest["dtype"]))
     else:
         model = _load_native(model, plan, (tensors, manifest["dtype"]))
     model.quant_plan = plan  # type: ignore[assignment]
@@ -197,17 +197,14 @@ def _load_native(
     return finish_native(model, plan, dtype)
 
 
-def _load_ipex(
-    model: nn.Module, folder: Path, content: tuple[QuantPlan, dict[str, Tensor], dict[str, Any]]
-) -> nn.Module:
-    plan, tensors, manifest = content
+def _load_ipex(model: nn.Module, folder: Path, content: tuple[dict[str, Tensor], str]) -> nn.Module:
+    tensors, dtype = content
     ids = torch.ones(1, 8, dtype=torch.long)
     inputs = tracing_inputs({"input_ids": ids, "attention_mask": ids})
     graph = warm_up(load_graph(folder / GRAPH), inputs)
     setattr(model, str(model.base_model_prefix), nn.Identity())
     _assign(model, tensors)
-    del plan
-    return replace_body(model, graph, DTYPES[manifest["dtype"]])
+    return replace_body(model, graph, DTYPES[dtype])
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -217,7 +214,7 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         CheckpointError: A tensor is missing, unexpected or of another shape.
     """
     try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+        _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit its config: {error}") from error
     tie: Any = getattr(model, "tie_weights", None)
@@ -229,4 +226,3 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             f"the checkpoint does not fit its config: missing {left[:3]}, "
             f"unexpected {unexpected[:3]}"
         )
-    del missing
