@@ -12,6 +12,9 @@ from ipex_sq.errors import ConfigError, unknown_name
 EMBEDDED = "embedded"
 """Name of the model and of the texts that need no download."""
 
+AUTO, AUTO_GLOBAL = "auto", "auto-global"
+"""Alpha searched for each smooth group, or one for the model."""
+
 BACKENDS = ("ipex", "native", "inc", "reference")
 OBSERVERS = ("minmax", "kl")
 PRECISIONS = ("fp32", "bf16")
@@ -24,17 +27,19 @@ def _setting(default: Any, text: str, **flag: Any) -> Any:
 
 
 def parse_alpha(text: str) -> float | str:
-    """Turn the text of `--alpha` into a number in [0, 1] or "auto".
+    """Turn the text of `--alpha` into a number in [0, 1], "auto" or "auto-global".
 
     Raises:
         ConfigError: The text is neither.
     """
-    if text == "auto":
+    if text in (AUTO, AUTO_GLOBAL):
         return text
     try:
         return check_alpha(float(text))
     except ValueError:
-        raise ConfigError(f"--alpha takes a number from 0 to 1, or 'auto', not {text!r}") from None
+        raise ConfigError(
+            f"--alpha takes a number from 0 to 1, 'auto' or 'auto-global', not {text!r}"
+        ) from None
 
 
 def check_alpha(alpha: float) -> float:
@@ -67,8 +72,9 @@ class QuantConfig:
     """
 
     alpha: float | str | None = _setting(
-        "auto",
-        "migration strength of SmoothQuant, 0 to 1, or 'auto' to choose it by the output error",
+        AUTO,
+        "migration strength of SmoothQuant, 0 to 1, or 'auto' to choose it for every smooth group "
+        "by the change of the predictions, 'auto-global' to choose one for the model",
         type=parse_alpha,
     )
     observer: str = _setting("minmax", "activation range", choices=OBSERVERS)

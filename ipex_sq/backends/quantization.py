@@ -30,7 +30,7 @@ class QuantizedModel:
         plan: What it executes; None for inc, which has a recipe of its own.
         backend: Its backend.
         dtype: Precision of what stays float.
-        alpha: SmoothQuant's alpha, or None.
+        alpha: SmoothQuant's alpha, "auto" where each smooth group has its own, or None.
         int8_linears: Linears that run in int8.
         smoothing_change: Largest relative change that smoothing made in float.
         seconds: Of each step.
@@ -40,7 +40,7 @@ class QuantizedModel:
     plan: QuantPlan | None
     backend: str
     dtype: str
-    alpha: float | None
+    alpha: float | str | None
     int8_linears: int
     smoothing_change: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -100,7 +100,9 @@ def _quantize_with_plan(
     assert isinstance(backend, Backend)  # noqa: S101
     if isinstance(batches, ActStats) and config.observer != "minmax":
         raise ConfigError(f"observer {config.observer!r} makes a second pass: pass the batches")
-    stats = batches if isinstance(batches, ActStats) else calibrate(model, batches, source)
+    stats = batches
+    if not isinstance(stats, ActStats):
+        stats = calibrate(model, stats, source, samples=isinstance(config.alpha, str))
     seconds = {"calibrate": stats.seconds}
     with _timed(seconds, "plan"):
         decided = plan(model, stats, config)
@@ -134,7 +136,7 @@ def _quantize_with_inc(
         raise ConfigError("backend 'inc' calibrates by itself: pass the batches")
     if config.observer != "minmax":
         raise ConfigError("backend 'inc' runs its published recipe only, which is minmax")
-    alpha = DEFAULT_ALPHA if config.alpha == "auto" else config.alpha
+    alpha = DEFAULT_ALPHA if isinstance(config.alpha, str) else config.alpha
     strength = None if alpha is None else float(alpha)
     seconds: dict[str, float] = {}
     with _timed(seconds, "lower"):

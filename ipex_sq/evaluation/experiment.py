@@ -18,7 +18,7 @@ from ipex_sq.data.documents import TextSet, check_disjoint
 from ipex_sq.data.lambada import default_calibration, load_lambada
 from ipex_sq.errors import ConfigError
 from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada, paired_difference
-from ipex_sq.models.calibration import calibrate
+from ipex_sq.models.calibration import add_samples, calibrate
 from ipex_sq.models.loading import load_model
 from ipex_sq.recipe.planning import ActStats
 from ipex_sq.system import peak_rss_bytes, reset_peak_rss
@@ -131,7 +131,9 @@ class Experiment:
         if quant.backend == IncBackend.name or quant.observer != "minmax":
             return quantize_model(model, batches, quant, source)
         if self._stats is None:
-            self._stats = calibrate(model, batches, source)
+            self._stats = calibrate(model, batches, source, samples=False)
+        if isinstance(quant.alpha, str) and not self._stats.samples:
+            self._stats = add_samples(model, self._stats, batches)
         return quantize_model(model, self._stats, quant)
 
 
@@ -191,6 +193,8 @@ def _int8_description(quantized: QuantizedModel, quant: QuantConfig) -> dict[str
         "precision": "int8",
         "dtype": quantized.dtype,
         "alpha": quantized.alpha,
+        "alpha_range": plan.alpha_range if plan else None,
+        "expected_kl": plan.expected_kl if plan else None,
         "observer": plan.observer if plan else "minmax",
         "int8_linears": len(plan.int8_names) if plan else quantized.int8_linears,
         "float_linears": sum(reasons.values()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from ipex_sq.errors import CalibrationError
 from ipex_sq.models.folding import smoothed_linear
+from ipex_sq.models.sampling import sample_groups
 from ipex_sq.models.topology import find_topology, quantizable_linears
 from ipex_sq.recipe.histograms import record_histograms
 from ipex_sq.recipe.observers import record_stats
@@ -23,7 +25,11 @@ Batch = Mapping[str, Tensor]
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Batch], source: Mapping[str, Any] | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    source: Mapping[str, Any] | None = None,
+    *,
+    samples: bool = True,
 ) -> ActStats:
     """Run the float model over `batches` and record what its Linears are fed.
 
@@ -31,6 +37,7 @@ def calibrate(
         model: Float model; it is not changed.
         batches: Unpadded batches (padding would change the ranges).
         source: Where the texts came from, kept with the statistics.
+        samples: Also run a few texts backward, as the search of alpha needs (`add_samples`).
 
     Raises:
         CalibrationError: No batches, a padded batch, a Linear never reached, a value not finite.
@@ -46,7 +53,7 @@ def calibrate(
     with record_stats(linears) as recorder, torch.no_grad():
         for batch in _bar(rows, "calibrate"):
             _run_body(model, batch)
-    return ActStats(
+    stats = ActStats(
         linears=recorder.finish(),
         groups=topology.groups,
         float_reasons=topology.float_reasons,
@@ -56,6 +63,14 @@ def calibrate(
         source=dict(source or {}),
         seconds=time.perf_counter() - start,
     )
+    return add_samples(model, stats, rows) if samples else stats
+
+
+def add_samples(model: nn.Module, stats: ActStats, batches: Sequence[Batch]) -> ActStats:
+    """The same statistics with samples for the search of alpha."""
+    start = time.perf_counter()
+    samples = sample_groups(model, stats.groups, batches)
+    return replace(stats, samples=samples, seconds=stats.seconds + time.perf_counter() - start)
 
 
 def kl_ranges(

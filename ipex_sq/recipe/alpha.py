@@ -1,14 +1,15 @@
-"""One alpha for the model, chosen by what int8 does to the outputs of its Linears.
+"""Alpha, for each smooth group or for the model, chosen by what int8 does to the predictions.
 
-For every candidate each smooth group is smoothed, its weights and a few of its recorded inputs are
-quantized exactly as the plan would, and the outputs are compared with the float ones. The range of
-the activations is that of all calibration tokens, so a candidate cannot hide an outlier that the
-recorded rows happen to miss.
+For every candidate each group is smoothed, its weights and sampled inputs are quantized exactly as
+the plan would, and the change of the outputs is weighed by its effect on the model's predictions
+(`samples.py`). Ranges are those of all calibration tokens, so a candidate cannot hide an outlier
+that the sample happens to miss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,70 +21,91 @@ from ipex_sq.recipe.qparams import (
     fake_quantize_weight,
     weight_scale,
 )
+from ipex_sq.recipe.samples import GroupSample
 from ipex_sq.recipe.smoothing import column_absmax, smoothing_scale
 
 ALPHA_GRID = tuple(round(0.3 + 0.05 * step, 2) for step in range(15))
 """0.30 to 1.00. Below 0.3 the weights give more range to activations than smoothing takes away."""
 
-GroupInputs = tuple[LinearStats, Sequence[Tensor]]
-"""Statistics of a group's shared input, and the weights `[out_i, in_features]` of its readers."""
+GroupInputs = tuple[LinearStats, GroupSample, Sequence[Tensor]]
+"""A group's input range, its sample, and the weights `[out_i, in_features]` of its readers."""
+
+
+@dataclass(frozen=True)
+class AlphaSearch:
+    """What each candidate costs, in nats of KL divergence per prediction.
+
+    Attributes:
+        grid: The candidates.
+        kl: By group key, one figure per candidate.
+    """
+
+    grid: Sequence[float]
+    kl: Mapping[str, Sequence[float]]
+
+    @property
+    def total(self) -> dict[float, float]:
+        """Cost of each candidate where all groups use it."""
+        columns = zip(*self.kl.values(), strict=True)
+        return {alpha: sum(column) for alpha, column in zip(self.grid, columns, strict=True)}
+
+    @property
+    def best_for_all(self) -> float:
+        """The one alpha that costs least in total."""
+        total = self.total
+        return min(total, key=total.__getitem__)
+
+    def best(self, key: str) -> float:
+        """The alpha that costs least in this group; of a group without a sample, `best_for_all`."""
+        if key not in self.kl:
+            return self.best_for_all
+        return min(zip(self.kl[key], self.grid, strict=True))[1]
+
+    def cost(self, key: str, alpha: float) -> float:
+        """Cost of `alpha` in this group; 0.0 for a group without a sample."""
+        return self.kl[key][self.grid.index(alpha)] if key in self.kl else 0.0
 
 
 def search_alpha(
     groups: Mapping[str, GroupInputs],
     grid: Sequence[float] = ALPHA_GRID,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> tuple[float, dict[float, float]]:
-    """Choose the alpha of least mean relative output error ||Yq - Y|| / ||Y||.
-
-    The mean is of norms, not of squares: one layer with massive activations would otherwise decide
-    alone (measured on SmolLM2-135M: squares choose 0.85, norms 0.90 to 0.95, and accuracy and
-    perplexity prefer 0.90; docs/log.md).
+) -> AlphaSearch:
+    """Measure every candidate in every group.
 
     Args:
         groups: By group key.
         grid: Candidates, each in [0, 1].
         progress: Wraps the iteration over group keys, for a progress bar.
-
-    Returns:
-        The best alpha, and the error of each candidate.
     """
-    totals = torch.zeros(len(grid))
-    for key in progress(groups):
-        stats, weights = groups[key]
-        totals += torch.tensor(group_errors(stats, weights, grid))
-    errors = (totals / max(len(groups), 1)).tolist()
-    best = min(range(len(grid)), key=errors.__getitem__)
-    return grid[best], dict(zip(grid, errors, strict=True))
+    return AlphaSearch(grid, {key: group_costs(*groups[key], grid) for key in progress(groups)})
 
 
-def group_errors(
-    stats: LinearStats, weights: Sequence[Tensor], grid: Sequence[float]
+def group_costs(
+    stats: LinearStats,
+    sample: GroupSample,
+    weights: Sequence[Tensor],
+    grid: Sequence[float | None],
 ) -> list[float]:
-    """Relative output error of one group at each alpha, ||Yq - Y|| / ||Y||."""
-    stacked = torch.cat([weight.detach().float() for weight in weights])
-    wanted = stats.rows @ stacked.T
-    reference = float(wanted.norm().clamp(min=1e-12))
-    columns = column_absmax([stacked])
-    errors = []
-    for alpha in grid:
-        scale = smoothing_scale(stats.act_absmax, columns, alpha)
-        outputs = int8_outputs(stats, stacked, scale)
-        errors.append(float((outputs - wanted).norm()) / reference)
-    return errors
+    """Expected KL divergence per prediction of one group's int8 Linears at each alpha.
 
-
-def int8_outputs(stats: LinearStats, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Outputs `[n, out_features]` of the recorded rows through the int8 Linear, bias left out.
-
-    Args:
-        stats: Of the Linear's input.
-        weight: `[out_features, in_features]`, unsmoothed.
-        scale: `[in_features]` smoothing scale, or None.
+    None in the grid stands for no smoothing.
     """
-    rows = stats.rows
-    if scale is not None:
-        rows, weight = rows / scale, weight * scale
-    qparams = activation_qparams(*stats.smoothed_range(scale))
-    quantized = fake_quantize_weight(weight, weight_scale(weight))
-    return fake_quantize_activation(rows, qparams) @ quantized.T
+    stacked = torch.cat([weight.detach().float() for weight in weights])
+    wanted = _projected(sample, sample.inputs, stacked)
+    columns = column_absmax([stacked])
+    costs = []
+    for alpha in grid:
+        rows, weight, scale = sample.inputs, stacked, None
+        if alpha is not None:
+            scale = smoothing_scale(stats.act_absmax, columns, alpha)
+            rows, weight = rows / scale, weight * scale
+        rows = fake_quantize_activation(rows, activation_qparams(*stats.smoothed_range(scale)))
+        weight = fake_quantize_weight(weight, weight_scale(weight))
+        costs.append(sample.expected_kl(_projected(sample, rows, weight) - wanted))
+    return costs
+
+
+def _projected(sample: GroupSample, rows: Tensor, weight: Tensor) -> Tensor:
+    """Outputs of `rows` `[n, in]` projected on their gradients, `[n]`."""
+    return ((rows @ weight.T) * sample.gradients).sum(dim=1)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ipex_sq.errors import CalibrationError
-
-ROWS_PER_BATCH = 12
-MOST_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -22,13 +19,10 @@ class LinearStats:
     Attributes:
         minimum: `[in_features]`, smallest value per channel.
         maximum: `[in_features]`, largest value per channel.
-        rows: `[n, in_features]`, a few of the inputs themselves, drawn uniformly over tokens, on
-            which the output error of a candidate alpha is measured.
     """
 
     minimum: Tensor
     maximum: Tensor
-    rows: Tensor
 
     @property
     def act_absmax(self) -> Tensor:
@@ -42,38 +36,19 @@ class LinearStats:
             low, high = low / scale, high / scale
         return float(low.min()), float(high.max())
 
-
-@dataclass
-class _Accumulator:
-    minimum: Tensor | None = None
-    maximum: Tensor | None = None
-    rows: list[Tensor] = field(default_factory=list)
-
-    def add(self, measured: _Measured) -> None:
-        if self.minimum is None or self.maximum is None:
-            self.minimum, self.maximum = measured.minimum, measured.maximum
-        else:
-            self.minimum = torch.minimum(self.minimum, measured.minimum)
-            self.maximum = torch.maximum(self.maximum, measured.maximum)
-        if sum(rows.shape[0] for rows in self.rows) < MOST_ROWS:
-            self.rows.append(measured.rows)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    minimum: Tensor
-    maximum: Tensor
-    rows: Tensor
+    def joined(self, other: LinearStats) -> LinearStats:
+        """Statistics of both inputs together."""
+        low = torch.minimum(self.minimum, other.minimum)
+        return LinearStats(low, torch.maximum(self.maximum, other.maximum))
 
 
 class StatsRecorder:
     """Collects `LinearStats` for named Linears while its hooks are on (see `record_stats`)."""
 
-    def __init__(self, names: tuple[str, ...], seed: int) -> None:
-        self._accumulators = {name: _Accumulator() for name in names}
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._stats: dict[str, LinearStats | None] = dict.fromkeys(names)
         # q, k and v read one tensor: it is measured once and shared.
-        self._last: tuple[Tensor, int, _Measured] | None = None
+        self._last: tuple[Tensor, int, LinearStats] | None = None
 
     def observe(self, name: str, x: Tensor) -> None:
         """Take in one input `[..., in_features]` of the Linear called `name`.
@@ -85,20 +60,10 @@ class StatsRecorder:
         if last is not None and last[0] is x and last[1] == x._version:
             measured = last[2]
         else:
-            measured = self._measure(name, x)
+            measured = _measure(name, x)
             self._last = (x, x._version, measured)
-        self._accumulators[name].add(measured)
-
-    def _measure(self, name: str, x: Tensor) -> _Measured:
-        flat = x.detach().reshape(-1, x.shape[-1]).float()
-        minimum, maximum = torch.aminmax(flat, dim=0)
-        if not bool(torch.isfinite(minimum).all() and torch.isfinite(maximum).all()):
-            raise CalibrationError(
-                f"the input of {name!r} is not finite in calibration: the float model is broken "
-                "there, check its weights"
-            )
-        picks = torch.randint(flat.shape[0], (ROWS_PER_BATCH,), generator=self._generator)
-        return _Measured(minimum, maximum, flat[picks].clone())
+        seen = self._stats[name]
+        self._stats[name] = measured if seen is None else seen.joined(measured)
 
     def finish(self) -> dict[str, LinearStats]:
         """The statistics of every Linear.
@@ -107,25 +72,27 @@ class StatsRecorder:
             CalibrationError: A Linear was never reached.
         """
         self._last = None
-        missed = [name for name, seen in self._accumulators.items() if seen.minimum is None]
+        missed = [name for name, seen in self._stats.items() if seen is None]
         if missed:
             raise CalibrationError(
                 f"{len(missed)} Linear layer(s) were never reached in calibration, the first is "
                 f"{missed[0]!r}: calibrate on more texts, or keep them in float"
             )
-        joined: dict[tuple[int, ...], Tensor] = {}  # readers of one tensor share their rows
-        stats: dict[str, LinearStats] = {}
-        for name, seen in self._accumulators.items():
-            key = tuple(map(id, seen.rows))
-            if key not in joined:
-                joined[key] = torch.cat(seen.rows)[:MOST_ROWS]
-            if seen.minimum is not None and seen.maximum is not None:
-                stats[name] = LinearStats(seen.minimum, seen.maximum, joined[key])
-        return stats
+        return {name: seen for name, seen in self._stats.items() if seen is not None}
+
+
+def _measure(name: str, x: Tensor) -> LinearStats:
+    minimum, maximum = torch.aminmax(x.detach().reshape(-1, x.shape[-1]).float(), dim=0)
+    if not bool(torch.isfinite(minimum).all() and torch.isfinite(maximum).all()):
+        raise CalibrationError(
+            f"the input of {name!r} is not finite in calibration: the float model is broken "
+            "there, check its weights"
+        )
+    return LinearStats(minimum, maximum)
 
 
 @contextmanager
-def record_stats(linears: Mapping[str, nn.Module], seed: int = 0) -> Iterator[StatsRecorder]:
+def record_stats(linears: Mapping[str, nn.Module]) -> Iterator[StatsRecorder]:
     """Observe the inputs of `linears` inside the `with` block; hooks go even where it raises.
 
     Example:
@@ -133,7 +100,7 @@ def record_stats(linears: Mapping[str, nn.Module], seed: int = 0) -> Iterator[St
             model(input_ids)
         stats = recorder.finish()
     """
-    recorder = StatsRecorder(tuple(linears), seed)
+    recorder = StatsRecorder(tuple(linears))
 
     def hook_for(name: str) -> object:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:

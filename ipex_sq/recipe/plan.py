@@ -17,7 +17,7 @@ from torch import Tensor
 from ipex_sq.errors import CheckpointError
 from ipex_sq.recipe.qparams import ActivationQParams, activation_qparams
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 STATIC_INT8 = "static_int8"
 FLOAT = "float"
@@ -72,12 +72,15 @@ class GroupPlan:
         placement: "fold" (into the producer), "prescale" (multiplied at run time) or "none".
         alpha: Migration strength used, or None.
         scale: `[in_features]` smoothing scale s, or None.
+        expected_kl: What int8 in this group is expected to cost, in nats of KL divergence per
+            prediction; None where alpha was given and nothing was searched.
     """
 
     group: SmoothGroup
     placement: str = UNSMOOTHED
     alpha: float | None = None
     scale: Tensor | None = None
+    expected_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,21 @@ class QuantPlan:
     """The whole plan.
 
     Attributes:
-        alpha: The alpha used for the model, or None without SmoothQuant.
-        alpha_errors: Relative output error of the int8 Linears at each alpha that the search tried.
+        alpha: The alpha used for the model, "auto" where each group has its own, or None without
+            SmoothQuant.
+        alpha_kl: Expected KL divergence per prediction for each alpha that the search tried, were
+            it used for all groups.
         observer: "minmax" or "kl".
         linears: By module path.
         groups: By group key.
         calibration: Texts and tokens behind the statistics, and where they came from.
     """
 
-    alpha: float | None
+    alpha: float | str | None
     observer: str
     linears: Mapping[str, LinearPlan]
     groups: Mapping[str, GroupPlan]
-    alpha_errors: Mapping[float, float] = field(default_factory=dict)
+    alpha_kl: Mapping[float, float] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -109,6 +114,18 @@ class QuantPlan:
     def float_reasons(self) -> dict[str, int]:
         """How many Linears stay float, by reason."""
         return dict(Counter(item.reason for item in self.linears.values() if item.mode == FLOAT))
+
+    @property
+    def alpha_range(self) -> tuple[float, float] | None:
+        """Smallest and largest alpha of the groups, or None without SmoothQuant."""
+        alphas = [item.alpha for item in self.groups.values() if item.alpha is not None]
+        return (min(alphas), max(alphas)) if alphas else None
+
+    @property
+    def expected_kl(self) -> float | None:
+        """Sum over the groups, nats per prediction; None where nothing was searched."""
+        known = [item.expected_kl for item in self.groups.values() if item.expected_kl is not None]
+        return sum(known) if known else None
 
     @property
     def placements(self) -> dict[str, int]:
@@ -132,7 +149,7 @@ class QuantPlan:
         document = {
             "version": PLAN_VERSION,
             "alpha": self.alpha,
-            "alpha_errors": {str(alpha): error for alpha, error in self.alpha_errors.items()},
+            "alpha_kl": {str(alpha): cost for alpha, cost in self.alpha_kl.items()},
             "observer": self.observer,
             "calibration": dict(self.calibration),
             "linears": {
@@ -145,7 +162,12 @@ class QuantPlan:
                 for name, item in self.linears.items()
             },
             "groups": {
-                key: {**asdict(item.group), "placement": item.placement, "alpha": item.alpha}
+                key: {
+                    **asdict(item.group),
+                    "placement": item.placement,
+                    "alpha": item.alpha,
+                    "expected_kl": item.expected_kl,
+                }
                 for key, item in self.groups.items()
             },
         }
@@ -184,12 +206,12 @@ class QuantPlan:
             groups = {
                 key: _group_plan(key, item, tensors) for key, item in document["groups"].items()
             }
-            errors = {float(alpha): value for alpha, value in document["alpha_errors"].items()}
+            costs = {float(alpha): value for alpha, value in document["alpha_kl"].items()}
             calibration = document["calibration"]
             alpha, observer = document["alpha"], document["observer"]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"not a quantization plan: {error!r}") from error
-        return cls(alpha, observer, linears, groups, errors, calibration)
+        return cls(alpha, observer, linears, groups, costs, calibration)
 
 
 def _linear_plan(name: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> LinearPlan:
@@ -205,4 +227,4 @@ def _group_plan(key: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -
     if item["placement"] == UNSMOOTHED:
         return GroupPlan(group)
     scale = tensors[f"{key}.smoothing_scale"].to(torch.float32)
-    return GroupPlan(group, item["placement"], item["alpha"], scale)
+    return GroupPlan(group, item["placement"], item["alpha"], scale, item["expected_kl"])

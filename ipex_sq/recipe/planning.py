@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from ipex_sq.recipe.alpha import search_alpha
+from ipex_sq.config import AUTO, AUTO_GLOBAL
+from ipex_sq.errors import CalibrationError
+from ipex_sq.recipe.alpha import AlphaSearch, search_alpha
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import (
     FLOAT,
@@ -22,6 +24,7 @@ from ipex_sq.recipe.plan import (
     SmoothGroup,
 )
 from ipex_sq.recipe.qparams import activation_qparams, weight_scale
+from ipex_sq.recipe.samples import GroupSample
 from ipex_sq.recipe.smoothing import column_absmax, smoothing_scale
 
 
@@ -39,6 +42,7 @@ class ActStats:
         tokens: Number of calibration tokens.
         source: Name and digest of the texts.
         seconds: Wall time of the calibration.
+        samples: By group key, for the search of alpha; empty until they are asked for.
     """
 
     linears: Mapping[str, LinearStats]
@@ -49,6 +53,7 @@ class ActStats:
     tokens: int
     source: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    samples: Mapping[str, GroupSample] = field(default_factory=dict)
 
 
 def make_plan(
@@ -59,22 +64,45 @@ def make_plan(
     Args:
         stats: From calibration.
         weights: `[out_features, in_features]` of every Linear in `stats.linears`.
-        alpha: Number, "auto" (search), or None (no smoothing).
+        alpha: Number, "auto" (search, for each group), "auto-global" (search, one for all), or
+            None (no smoothing).
+
+    Raises:
+        CalibrationError: A search needs samples, and the statistics hold none.
     """
-    errors: dict[float, float] = {}
-    if alpha == "auto":
-        inputs = {
-            group.key: (stats.linears[group.key], [weights[name] for name in group.readers])
-            for group in stats.groups
-        }
-        alpha, errors = search_alpha(inputs, progress=_bar)
-    strength = None if alpha is None else float(alpha)
-    groups = {group.key: _plan_group(group, stats, weights, strength) for group in stats.groups}
+    search = _search(stats, weights) if isinstance(alpha, str) else None
+    if search is not None and alpha == AUTO_GLOBAL:
+        alpha = search.best_for_all
+    groups = {}
+    for group in stats.groups:
+        strength = search.best(group.key) if search and alpha == AUTO else alpha
+        assert not isinstance(strength, str)  # noqa: S101
+        cost = None if search is None else search.cost(group.key, float(strength or 0.0))
+        groups[group.key] = replace(_plan_group(group, stats, weights, strength), expected_kl=cost)
     linears = {name: LinearPlan(FLOAT, reason) for name, reason in stats.float_reasons.items()}
     for item in groups.values():
         linears |= _plan_linears(item, stats, weights)
     calibration = {"texts": stats.texts, "tokens": stats.tokens, **stats.source}
-    return QuantPlan(strength, "minmax", linears, groups, errors, calibration)
+    costs = {} if search is None else search.total
+    return QuantPlan(alpha, "minmax", linears, groups, costs, calibration)
+
+
+def _search(stats: ActStats, weights: Mapping[str, Tensor]) -> AlphaSearch:
+    if not stats.samples:
+        raise CalibrationError(
+            "the search of alpha needs samples: calibrate(model, batches, samples=True), or pass a "
+            "number as alpha"
+        )
+    inputs = {
+        group.key: (
+            stats.linears[group.key],
+            stats.samples[group.key],
+            [weights[name] for name in group.readers],
+        )
+        for group in stats.groups
+        if group.key in stats.samples
+    }
+    return search_alpha(inputs, progress=_bar)
 
 
 def _bar(keys: Any) -> Any:

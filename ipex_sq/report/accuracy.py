@@ -32,7 +32,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["label"],
         row["backend"],
-        _number(row["alpha"], "g"),
+        _alpha(row),
         f"{100 * row['last_word_accuracy']:.2f} %",
         f"{100 * row['stderr']:.2f}",
         f"{row['delta']:+.2f}" if paired else "-",
@@ -44,6 +44,13 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['docs_per_s']:.1f}",
         f"{row['peak_rss_bytes'] / 2**30:.1f}",
     )
+
+
+def _alpha(row: dict[str, Any]) -> str:
+    if isinstance(row["alpha"], str):
+        low, high = row["alpha_range"]
+        return f"{row['alpha']} {low:g}-{high:g}"
+    return _number(row["alpha"], "g")
 
 
 def _linears(row: dict[str, Any]) -> str:
@@ -79,6 +86,8 @@ def _run_note(row: dict[str, Any]) -> str:
     if row["alpha"] is not None and groups:
         counts = ", ".join(f"{count} {placement}" for placement, count in groups.items())
         smoothing = f"; smooth groups: {counts}; float change {row['smoothing_change']:.1e}"
+    if row["expected_kl"] is not None:
+        smoothing += f"; expected KL to fp32 {row['expected_kl']:.3f} nats a token"
     return (
         f"{row['label']} {row['backend']} ({row['backend_why']}): {row['kernels']}, "
         f"{row['dtype']} elsewhere; float: {reasons or 'none'}{smoothing}"

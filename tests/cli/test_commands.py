@@ -52,7 +52,7 @@ def fails(capsys, flags, command=eval_lambada.command):
 BAD_FLAGS = [
     (["--int8", "--sq", "--alpha", "1.5"], "between 0 and 1"),
     (["--int8", "--sq", "--alpha", "nan"], "between 0 and 1"),
-    (["--int8", "--sq", "--alpha", "foo"], "number from 0 to 1, or 'auto'"),
+    (["--int8", "--sq", "--alpha", "foo"], "number from 0 to 1, 'auto'"),
     (["--sq"], "add --int8"),
     (["--int8", "--alpha", "0.5"], "add --int8 --sq"),
     (["--kl"], "add --int8"),

@@ -1,0 +1,73 @@
+"""One forward and backward pass over a few texts: what the predictions owe to each Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from ipex_sq.recipe.plan import SmoothGroup
+from ipex_sq.recipe.samples import GroupSample, record_samples
+
+SAMPLED_TEXTS = 16
+
+
+def sample_groups(
+    model: nn.Module, groups: Sequence[SmoothGroup], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, GroupSample]:
+    """Sample what `groups` read and how their outputs move the predictions of `model`.
+
+    Args:
+        model: Float model; it is not changed.
+        groups: Of its Linears.
+        batches: Unpadded; `SAMPLED_TEXTS` rows evenly spread over them are run.
+
+    Returns:
+        By group key; a group that these texts never reach has none.
+    """
+    texts = _spread([row for batch in batches for row in _rows(batch)])
+    tokens = sum(text["input_ids"].numel() for text in texts)
+    generator = torch.Generator().manual_seed(0)
+    with record_samples(model, groups, tokens) as recorder, _only_activations(model):
+        for text in tqdm(texts, desc="sample", unit="text", disable=None, leave=False):
+            logits = model(**text, use_cache=False)[0].float().flatten(end_dim=-2)
+            recorder.predictions += logits.shape[0]
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    return recorder.finish()
+
+
+def _rows(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    for index in range(batch["input_ids"].shape[0]):
+        yield {key: value[index : index + 1] for key, value in batch.items()}
+
+
+def _spread(texts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    count = min(SAMPLED_TEXTS, len(texts))
+    return [texts[index * len(texts) // count] for index in range(count)]
+
+
+@contextmanager
+def _only_activations(model: Any) -> Iterator[None]:
+    """Inside the block gradients flow through activations, and no weight gets one."""
+    parameters = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+    def start(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        # A copy, because a model may scale its embeddings in place and a leaf must not change.
+        return output.detach().requires_grad_(True).clone()
+
+    handle = model.get_input_embeddings().register_forward_hook(start)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for parameter, required in parameters.items():
+            parameter.requires_grad_(required)

@@ -1,0 +1,87 @@
+"""The samples must predict what int8 does to the predictions of the whole model."""
+
+import copy
+
+import pytest
+import torch
+from conftest import logits_of
+from torch.nn import functional
+
+from ipex_sq.backends.quantization import plan, quantize
+from ipex_sq.config import QuantConfig
+from ipex_sq.errors import CalibrationError
+from ipex_sq.models.calibration import add_samples, calibrate
+from ipex_sq.models.tiny import FAMILIES, tiny_model
+
+
+def _kl(got, wanted):
+    logs = [functional.log_softmax(logits, -1) for logits in (wanted, got)]
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expected_kl_meets_the_measured_one(family, batches):
+    model = tiny_model(family)
+    stats = calibrate(model, batches)
+    wanted = logits_of(model, batches[0])
+    int8 = quantize(copy.deepcopy(model), stats, QuantConfig(alpha="auto", backend="reference"))
+    measured = _kl(logits_of(int8, batches[0]), wanted)
+    # One drawn label per position and independent errors: the right size, not the third digit.
+    assert 0.4 < int8.quant_plan.expected_kl / measured < 2.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_leaves_the_model_as_it_was(family, batches):
+    model = tiny_model(family)
+    before = {
+        name: (tensor.clone(), tensor.requires_grad) for name, tensor in model.named_parameters()
+    }
+    stats = add_samples(model, calibrate(model, batches, samples=False), batches)
+    assert set(stats.samples) == {group.key for group in stats.groups}
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, before[name][0])
+        assert tensor.requires_grad == before[name][1]
+        assert tensor.grad is None
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_gradients_are_those_of_automatic_differentiation(batches):
+    """Shift the output of one Linear a little: -log p must change by gradient times shift."""
+    model = tiny_model("llama").double()
+    text = {key: value[:1] for key, value in batches[0].items()}
+    stats = calibrate(model, [text], samples=True)
+    key = "model.layers.1.mlp.down_proj"
+    sample = stats.samples[key]
+    logits = model(**text, use_cache=False)[0].detach().flatten(end_dim=-2)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
+    direction = torch.randn(64, generator=generator, dtype=torch.double)
+
+    def loss(step):
+        layer = model.get_submodule(key)
+        handle = layer.register_forward_hook(lambda _m, _a, output: output + step * direction)
+        with torch.no_grad():
+            shifted = model(**text, use_cache=False)[0].flatten(end_dim=-2)
+        handle.remove()
+        return float(functional.cross_entropy(shifted, drawn, reduction="sum"))
+
+    slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
+    assert slope == pytest.approx(float((sample.gradients.double() @ direction).sum()), rel=1e-3)
+
+
+def test_a_search_without_samples_says_what_to_do(batches):
+    model = tiny_model("llama")
+    stats = calibrate(model, batches, samples=False)
+    with pytest.raises(CalibrationError, match="samples=True"):
+        plan(model, stats, QuantConfig(alpha="auto"))
+    assert plan(model, stats, QuantConfig(alpha=0.5)).alpha == 0.5
+
+
+def test_auto_global_is_one_alpha_and_auto_is_no_worse(batches):
+    model = tiny_model("llama")
+    stats = calibrate(model, batches)
+    one, many = (plan(model, stats, QuantConfig(alpha=a)) for a in ("auto-global", "auto"))
+    assert one.alpha_range == (one.alpha, one.alpha)
+    assert many.alpha == "auto"
+    assert many.expected_kl <= one.expected_kl
+    assert one.expected_kl == pytest.approx(min(one.alpha_kl.values()))
