@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import ACTIVATION_LEVELS, ActivationQParams
+from ipex_sq.recipe.splitting import append_copies
 
 _LIBRARY = torch.library.Library("ipex_sq", "DEF")
 _LIBRARY.define(
@@ -63,9 +65,10 @@ class Int8Linear(nn.Module):
     rounding needs anyway.
 
     Attributes:
-        in_features: Width of the input.
+        in_features: Width of the input with its copies.
         out_features: Width of the output.
         multiplier: `[in_features]`, 1 / (smoothing scale * activation scale), fp32.
+        channels: `[copies]`, the input's channels that are appended to it, or None.
         input_scale: Scalar fp32; a tensor, because a Python float would be compiled in and make
             every layer a graph of its own.
         input_zero_point: Scalar int32.
@@ -74,6 +77,7 @@ class Int8Linear(nn.Module):
     """
 
     multiplier: Tensor
+    channels: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
     weight_scale: Tensor
@@ -96,14 +100,15 @@ class Int8Linear(nn.Module):
         packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
         self.register_buffer("packed", packed, persistent=False)
 
-    def set_input(self, activation: ActivationQParams, prescale: Tensor | None) -> None:
+    def set_input(self, activation: ActivationQParams, prescale: PreScale | None) -> None:
         """Set how the input is rounded.
 
         Args:
             activation: Of the smoothed input.
-            prescale: `[in_features]` smoothing scale that divides the input, or None.
+            prescale: What divides the input and which channels are copied, or None.
         """
-        divisor = torch.ones(self.in_features) if prescale is None else prescale.float()
+        divisor = torch.ones(self.in_features) if prescale is None else prescale.divisor
+        self.register_buffer("channels", None if prescale is None else prescale.channels)
         self.register_buffer("multiplier", 1.0 / (divisor * activation.scale))
         self.register_buffer("input_scale", torch.tensor(activation.scale))
         zero_point = torch.tensor(activation.zero_point, dtype=torch.int32)
@@ -115,8 +120,9 @@ class Int8Linear(nn.Module):
         return self.packed.to_dense().t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x `[..., in_features]`, any float, to `[..., out_features]` in `output_dtype`."""
-        levels = torch.round(x.float() * self.multiplier) + self.input_zero_point
+        """Map x `[..., in_features - copies]`, any float, to `[..., out_features]`."""
+        x = append_copies(x, self.channels).float()
+        levels = torch.round(x * self.multiplier) + self.input_zero_point
         rounded = levels.clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
         output: Tensor = torch.ops.ipex_sq.int8_linear(
             rounded,

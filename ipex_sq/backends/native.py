@@ -73,7 +73,7 @@ def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
         module.output_dtype = DTYPES[dtype]  # type: ignore[assignment]
         first = lowered[plan.linears[name].group]
         # The same tensor objects: q, k and v then round their input once in the compiled graph.
-        for shared in ("multiplier", "input_scale", "input_zero_point"):
+        for shared in ("multiplier", "channels", "input_scale", "input_zero_point"):
             setattr(module, shared, getattr(first, shared))
     config: Any = getattr(model, "config", None)
     if config is not None:

@@ -118,7 +118,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{field}"
         for name, module in model.named_modules()
         if isinstance(module, Int8Linear)
-        for field in ("multiplier", "input_scale", "input_zero_point", "weight_scale")
+        for field in ("multiplier", "channels", "input_scale", "input_zero_point", "weight_scale")
     }
     found: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.errors import NumericalCheckError
-from ipex_sq.recipe.plan import FOLD, PRESCALE, GroupPlan, QuantPlan
+from ipex_sq.recipe.plan import FOLD, GroupPlan, PreScale, QuantPlan
+from ipex_sq.recipe.splitting import append_copies, smoothed_weight
 
 EQUIVALENCE_TOLERANCE = 1e-3
 """Largest relative change ||after - before|| / ||before|| of a Linear's output or of the logits.
@@ -28,23 +29,26 @@ _PROBE_TOLERANCE = 1e-4
 
 
 class PreScaledLinear(nn.Module):
-    """A Linear whose input is first divided by the smoothing scale.
+    """A Linear whose input gets its copies and is divided by the smoothing scale first.
 
     Attributes:
-        linear: Holds the smoothed weight, columns multiplied by s.
-        inverse_scale: `[in_features]`, 1/s.
+        linear: Holds the smoothed weight, `[out_features, in_features + copies]`.
+        inverse_scale: `[in_features + copies]`, 1/s.
+        channels: `[copies]`, or None.
     """
 
     inverse_scale: Tensor
+    channels: Tensor | None
 
-    def __init__(self, linear: nn.Linear, scale: Tensor) -> None:
+    def __init__(self, linear: nn.Linear, prescale: PreScale) -> None:
         super().__init__()
         self.linear = linear
-        self.register_buffer("inverse_scale", (1.0 / scale).to(linear.weight.dtype))
+        self.register_buffer("inverse_scale", (1.0 / prescale.divisor).to(linear.weight.dtype))
+        self.register_buffer("channels", prescale.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features]` to `[..., out_features]`."""
-        output: Tensor = self.linear(x * self.inverse_scale)
+        output: Tensor = self.linear(append_copies(x, self.channels) * self.inverse_scale)
         return output
 
     @property
@@ -112,20 +116,22 @@ def apply_smoothing(model: nn.Module, plan: QuantPlan, example: Mapping[str, Ten
         return 0.0
     before = _outputs(model, plan, example)
     for item in smoothed:
-        _smooth_group(model, item)
+        _smooth_group(model, plan, item)
     after = _outputs(model, plan, example)
     return _check_equal(before, after)
 
 
-def _smooth_group(model: nn.Module, item: GroupPlan) -> None:
+def _smooth_group(model: nn.Module, plan: QuantPlan, item: GroupPlan) -> None:
     assert item.scale is not None  # noqa: S101
     for name in item.group.readers:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)  # noqa: S101
-        with torch.no_grad():
-            linear.weight.mul_(item.scale)
-        if item.placement == PRESCALE:
-            replace_module(model, name, PreScaledLinear(linear, item.scale))
+        smoothed = smoothed_weight(linear.weight.detach(), item.scale, item.channels)
+        linear.weight = nn.Parameter(smoothed, requires_grad=linear.weight.requires_grad)
+        linear.in_features = smoothed.shape[1]
+        prescale = plan.prescale_of(name)
+        if prescale is not None:
+            replace_module(model, name, PreScaledLinear(linear, prescale))
     if item.placement == FOLD and item.group.producer is not None:
         norm = model.get_submodule(item.group.producer)
         form = fold_form(norm, item.scale.numel())

@@ -23,12 +23,34 @@ from ipex_sq.recipe.qparams import (
 )
 from ipex_sq.recipe.samples import GroupSample
 from ipex_sq.recipe.smoothing import column_absmax, smoothing_scale
+from ipex_sq.recipe.splitting import append_copies, smoothed_weight, split_channels
 
 ALPHA_GRID = tuple(round(0.3 + 0.05 * step, 2) for step in range(15))
 """0.30 to 1.00. Below 0.3 the weights give more range to activations than smoothing takes away."""
 
-GroupInputs = tuple[LinearStats, GroupSample, Sequence[Tensor]]
-"""A group's input range, its sample, and the weights `[out_i, in_features]` of its readers."""
+
+@dataclass(frozen=True)
+class GroupInputs:
+    """What is known about one smooth group.
+
+    Attributes:
+        stats: Range of its input.
+        weights: `[out_i, in_features]` of its readers, fp32.
+        copies: How many copies of outlier channels to make (`splitting.py`).
+        sample: Of its tokens, for the search.
+    """
+
+    stats: LinearStats
+    weights: Sequence[Tensor]
+    copies: int = 0
+    sample: GroupSample | None = None
+
+    def smoothing(self, alpha: float) -> tuple[Tensor, Tensor | None]:
+        """Smoothing scale `[in_features]`, and the channels to split `[copies]` or None."""
+        columns = column_absmax(self.weights)
+        scale = smoothing_scale(self.stats.act_absmax, columns, alpha)
+        channels = split_channels(columns * scale, self.copies) if self.copies else None
+        return scale, channels
 
 
 @dataclass(frozen=True)
@@ -78,29 +100,25 @@ def search_alpha(
         grid: Candidates, each in [0, 1].
         progress: Wraps the iteration over group keys, for a progress bar.
     """
-    return AlphaSearch(grid, {key: group_costs(*groups[key], grid) for key in progress(groups)})
+    return AlphaSearch(grid, {key: group_costs(groups[key], grid) for key in progress(groups)})
 
 
-def group_costs(
-    stats: LinearStats,
-    sample: GroupSample,
-    weights: Sequence[Tensor],
-    grid: Sequence[float | None],
-) -> list[float]:
+def group_costs(inputs: GroupInputs, grid: Sequence[float | None]) -> list[float]:
     """Expected KL divergence per prediction of one group's int8 Linears at each alpha.
 
     None in the grid stands for no smoothing.
     """
-    stacked = torch.cat([weight.detach().float() for weight in weights])
+    sample = inputs.sample
+    assert sample is not None  # noqa: S101
+    stacked = torch.cat(list(inputs.weights))
     wanted = _projected(sample, sample.inputs, stacked)
-    columns = column_absmax([stacked])
     costs = []
     for alpha in grid:
-        rows, weight, scale = sample.inputs, stacked, None
-        if alpha is not None:
-            scale = smoothing_scale(stats.act_absmax, columns, alpha)
-            rows, weight = rows / scale, weight * scale
-        rows = fake_quantize_activation(rows, activation_qparams(*stats.smoothed_range(scale)))
+        scale, channels = (None, None) if alpha is None else inputs.smoothing(alpha)
+        rows = sample.inputs if scale is None else sample.inputs / scale
+        qparams = activation_qparams(*inputs.stats.smoothed_range(scale))
+        rows = append_copies(fake_quantize_activation(rows, qparams), channels)
+        weight = smoothed_weight(stacked, scale, channels)
         weight = fake_quantize_weight(weight, weight_scale(weight))
         costs.append(sample.expected_kl(_projected(sample, rows, weight) - wanted))
     return costs

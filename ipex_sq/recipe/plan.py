@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ipex_sq.errors import CheckpointError
 from ipex_sq.recipe.qparams import ActivationQParams, activation_qparams
+from ipex_sq.recipe.splitting import append_copies
 
 PLAN_VERSION = 2
 
@@ -42,6 +42,11 @@ class SmoothGroup:
     def key(self) -> str:
         """Name of the group: its first reader."""
         return self.readers[0]
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the producer can take the scale."""
+        return self.producer is not None and not self.fold_problem
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class GroupPlan:
         placement: "fold" (into the producer), "prescale" (multiplied at run time) or "none".
         alpha: Migration strength used, or None.
         scale: `[in_features]` smoothing scale s, or None.
+        channels: `[copies]`, the channels of which a pre-scale makes copies, or None.
         expected_kl: What int8 in this group is expected to cost, in nats of KL divergence per
             prediction; None where alpha was given and nothing was searched.
     """
@@ -80,7 +86,21 @@ class GroupPlan:
     placement: str = UNSMOOTHED
     alpha: float | None = None
     scale: Tensor | None = None
+    channels: Tensor | None = None
     expected_kl: float | None = None
+
+
+@dataclass(frozen=True)
+class PreScale:
+    """What happens to the input of a Linear at run time, before it is rounded.
+
+    Attributes:
+        divisor: `[in_features + copies]`, divides the input with its copies.
+        channels: `[copies]`, appended to the input first, or None.
+    """
+
+    divisor: Tensor
+    channels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +152,12 @@ class QuantPlan:
         """How many groups are folded, pre-scaled and left alone."""
         return dict(Counter(item.placement for item in self.groups.values()))
 
-    def prescale_of(self, name: str) -> Tensor | None:
-        """The scale that divides this Linear's input at run time, `[in_features]`, or None."""
+    def prescale_of(self, name: str) -> PreScale | None:
+        """What happens to this Linear's input at run time, or None."""
         group = self.groups[self.linears[name].group]
-        return group.scale if group.placement == PRESCALE else None
+        if group.placement != PRESCALE or group.scale is None:
+            return None
+        return PreScale(append_copies(group.scale, group.channels), group.channels)
 
     def with_ranges(self, ranges: Mapping[str, tuple[float, float]], observer: str) -> QuantPlan:
         """The same plan with other activation ranges (of the smoothed inputs)."""
@@ -183,7 +205,9 @@ class QuantPlan:
         for key, item in self.groups.items():
             if item.scale is not None:
                 found[f"{key}.smoothing_scale"] = item.scale
-        return {key: tensor.float().contiguous() for key, tensor in found.items()}
+            if item.channels is not None:
+                found[f"{key}.split_channels"] = item.channels
+        return {key: tensor.contiguous() for key, tensor in found.items()}
 
     @classmethod
     def from_json(cls, text: str, tensors: Mapping[str, Tensor]) -> QuantPlan:
@@ -226,5 +250,7 @@ def _group_plan(key: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -
     group = SmoothGroup(tuple(item["readers"]), item["producer"], item["fold_problem"])
     if item["placement"] == UNSMOOTHED:
         return GroupPlan(group)
-    scale = tensors[f"{key}.smoothing_scale"].to(torch.float32)
-    return GroupPlan(group, item["placement"], item["alpha"], scale, item["expected_kl"])
+    scale, channels = tensors[f"{key}.smoothing_scale"], tensors.get(f"{key}.split_channels")
+    return GroupPlan(
+        group, item["placement"], item["alpha"], scale, channels, expected_kl=item["expected_kl"]
+    )

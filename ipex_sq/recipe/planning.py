@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ipex_sq.config import AUTO, AUTO_GLOBAL
 from ipex_sq.errors import CalibrationError
-from ipex_sq.recipe.alpha import AlphaSearch, search_alpha
+from ipex_sq.recipe.alpha import AlphaSearch, GroupInputs, search_alpha
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import (
     FLOAT,
@@ -25,7 +25,7 @@ from ipex_sq.recipe.plan import (
 )
 from ipex_sq.recipe.qparams import activation_qparams, weight_scale
 from ipex_sq.recipe.samples import GroupSample
-from ipex_sq.recipe.smoothing import column_absmax, smoothing_scale
+from ipex_sq.recipe.splitting import number_of_copies, smoothed_weight
 
 
 @dataclass(frozen=True)
@@ -70,66 +70,73 @@ def make_plan(
     Raises:
         CalibrationError: A search needs samples, and the statistics hold none.
     """
-    search = _search(stats, weights) if isinstance(alpha, str) else None
+    inputs = {group.key: _inputs(group, stats, weights, alpha) for group in stats.groups}
+    search = _search(inputs) if isinstance(alpha, str) else None
     if search is not None and alpha == AUTO_GLOBAL:
         alpha = search.best_for_all
     groups = {}
     for group in stats.groups:
         strength = search.best(group.key) if search and alpha == AUTO else alpha
         assert not isinstance(strength, str)  # noqa: S101
-        cost = None if search is None else search.cost(group.key, float(strength or 0.0))
-        groups[group.key] = replace(_plan_group(group, stats, weights, strength), expected_kl=cost)
+        item = _plan_group(group, inputs[group.key], strength)
+        if search is not None and strength is not None:
+            item = replace(item, expected_kl=search.cost(group.key, strength))
+        groups[group.key] = item
     linears = {name: LinearPlan(FLOAT, reason) for name, reason in stats.float_reasons.items()}
     for item in groups.values():
-        linears |= _plan_linears(item, stats, weights)
+        linears |= _plan_linears(item, inputs[item.group.key])
     calibration = {"texts": stats.texts, "tokens": stats.tokens, **stats.source}
     costs = {} if search is None else search.total
     return QuantPlan(alpha, "minmax", linears, groups, costs, calibration)
 
 
-def _search(stats: ActStats, weights: Mapping[str, Tensor]) -> AlphaSearch:
-    if not stats.samples:
+def _inputs(
+    group: SmoothGroup,
+    stats: ActStats,
+    weights: Mapping[str, Tensor],
+    alpha: float | str | None,
+) -> GroupInputs:
+    """What the group's plan is made of; channels are split where alpha is searched."""
+    readers = [weights[name].detach().float() for name in group.readers]
+    searched = isinstance(alpha, str) and not group.foldable
+    return GroupInputs(
+        stats=stats.linears[group.key],
+        weights=readers,
+        copies=number_of_copies(readers[0].shape[1]) if searched else 0,
+        sample=stats.samples.get(group.key),
+    )
+
+
+def _search(inputs: Mapping[str, GroupInputs]) -> AlphaSearch:
+    sampled = {key: item for key, item in inputs.items() if item.sample is not None}
+    if not sampled:
         raise CalibrationError(
             "the search of alpha needs samples: calibrate(model, batches, samples=True), or pass a "
             "number as alpha"
         )
-    inputs = {
-        group.key: (
-            stats.linears[group.key],
-            stats.samples[group.key],
-            [weights[name] for name in group.readers],
-        )
-        for group in stats.groups
-        if group.key in stats.samples
-    }
-    return search_alpha(inputs, progress=_bar)
+    return search_alpha(sampled, progress=_bar)
 
 
 def _bar(keys: Any) -> Any:
     return tqdm(keys, desc="alpha search", unit="group", disable=None, leave=False)
 
 
-def _plan_group(
-    group: SmoothGroup, stats: ActStats, weights: Mapping[str, Tensor], alpha: float | None
-) -> GroupPlan:
+def _plan_group(group: SmoothGroup, inputs: GroupInputs, alpha: float | None) -> GroupPlan:
     if alpha is None:
         return GroupPlan(group)
-    columns = column_absmax([weights[name] for name in group.readers])
-    scale = smoothing_scale(stats.linears[group.key].act_absmax, columns, alpha)
-    foldable = group.producer is not None and not group.fold_problem
-    return GroupPlan(group, FOLD if foldable else PRESCALE, alpha, scale)
+    scale, channels = inputs.smoothing(alpha)
+    return GroupPlan(group, FOLD if group.foldable else PRESCALE, alpha, scale, channels)
 
 
-def _plan_linears(
-    item: GroupPlan, stats: ActStats, weights: Mapping[str, Tensor]
-) -> dict[str, LinearPlan]:
-    low, high = stats.linears[item.group.key].smoothed_range(item.scale)
-    activation = activation_qparams(low, high)
-    planned = {}
-    for name in item.group.readers:
-        weight = weights[name].detach().float()
-        smoothed = weight if item.scale is None else weight * item.scale
-        planned[name] = LinearPlan(
-            STATIC_INT8, "", item.group.key, activation, weight_scale(smoothed)
+def _plan_linears(item: GroupPlan, inputs: GroupInputs) -> dict[str, LinearPlan]:
+    activation = activation_qparams(*inputs.stats.smoothed_range(item.scale))
+    return {
+        name: LinearPlan(
+            STATIC_INT8,
+            "",
+            item.group.key,
+            activation,
+            weight_scale(smoothed_weight(weight, item.scale, item.channels)),
         )
-    return planned
+        for name, weight in zip(item.group.readers, inputs.weights, strict=True)
+    }

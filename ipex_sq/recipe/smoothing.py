@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,6 @@ def smoothing_scale(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> 
     return torch.where(act_absmax <= SMALLEST_ABSMAX, torch.ones_like(scale), scale)
 
 
-def column_absmax(weights: list[Tensor]) -> Tensor:
+def column_absmax(weights: Sequence[Tensor]) -> Tensor:
     """Largest absolute value `[in_features]` of each column over `[out_i, in_features]` weights."""
     return torch.stack([weight.detach().float().abs().amax(dim=0) for weight in weights]).amax(0)

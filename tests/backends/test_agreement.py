@@ -14,6 +14,7 @@ from ipex_sq.errors import BackendUnavailableError, ConfigError
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing
 from ipex_sq.models.tiny import FAMILIES, tiny_model
+from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import activation_qparams
 
 # In fp32 only rounding ties differ (a level is 1/255 of the range): well under one level.
@@ -23,7 +24,7 @@ FP32_BOUND = 5e-3
 BF16_SHARE = 1.0
 
 
-@pytest.mark.parametrize("alpha", [None, 0.5])
+@pytest.mark.parametrize("alpha", [None, 0.5, "auto"])
 @pytest.mark.parametrize("backend", INT8_BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_agrees_with_reference(family, backend, alpha, batches, unseen):
@@ -92,7 +93,7 @@ def test_int8_linear_matches_the_integers(unseen):
     scale, prescale = torch.rand(24, generator=generator), torch.rand(32, generator=generator) + 0.5
     qparams = activation_qparams(-2.0, 3.0)
     linear = Int8Linear(weight, scale, bias)
-    linear.set_input(qparams, prescale)
+    linear.set_input(qparams, PreScale(prescale))
     levels = (torch.round(x * (1 / (prescale * qparams.scale))) + qparams.zero_point).clamp(0, 255)
     exact = ((levels.long() - qparams.zero_point) @ weight.long().T).double()
     torch.testing.assert_close(

@@ -15,7 +15,7 @@ from ipex_sq.models.tiny import FAMILIES, tiny_model
 @pytest.mark.parametrize("backend", INT8_BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loaded_model_computes_the_same_bits(family, backend, dtype, batches, unseen, tmp_path):
-    config = QuantConfig(alpha=0.5, backend=backend, dtype=dtype)
+    config = QuantConfig(alpha="auto", backend=backend, dtype=dtype)
     model = quantize(tiny_model(family), batches, config)
     folder = save(model, tmp_path / "int8")
     again = load(folder)

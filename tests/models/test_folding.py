@@ -12,7 +12,7 @@ from ipex_sq.models.folding import apply_smoothing, fold_form, fold_scale
 from ipex_sq.models.tiny import FAMILIES, tiny_model
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.9])
+@pytest.mark.parametrize("alpha", [0.5, 0.9, "auto"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_smoothing_preserves_float_logits(family, alpha, batches, unseen):
     model = tiny_model(family)
