@@ -72,9 +72,12 @@ def test_a_rescaling_between_activations_and_weights_changes_no_cost():
 
 def test_splitting_helps_where_one_token_is_massive():
     # The channel matters in one token of 200; its smoothed column must not cost the others theirs.
-    group = _group(0, outlier=1.0)
-    maximum = group.stats.maximum.clone()
-    maximum[5] = 3000.0
-    massive = replace(group, stats=LinearStats(group.stats.minimum, maximum))
-    split = replace(massive, copies=8)
-    assert min(group_costs(split, ALPHA_GRID)) < 0.5 * min(group_costs(massive, ALPHA_GRID))
+    costs = {0: 0.0, 8: 0.0}
+    for seed in range(4):
+        group = _group(seed, outlier=1.0)
+        maximum = group.stats.maximum.clone()
+        maximum[5] = 3000.0
+        massive = replace(group, stats=LinearStats(group.stats.minimum, maximum))
+        for copies in costs:
+            costs[copies] += min(group_costs(replace(massive, copies=copies), ALPHA_GRID))
+    assert costs[8] < 0.8 * costs[0]
