@@ -16,7 +16,7 @@ from ipex_sq.backends.base import Backend
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.quantization import quantize_model
 from ipex_sq.backends.registry import choose_backend
-from ipex_sq.config import BenchmarkConfig, DataConfig, ModelConfig, QuantConfig
+from ipex_sq.config import AUTO, BenchmarkConfig, DataConfig, ModelConfig, QuantConfig
 from ipex_sq.data.calibration import calibration_batches, choose_texts
 from ipex_sq.data.lambada import load_lambada
 from ipex_sq.errors import ConfigError
@@ -165,7 +165,7 @@ def int8_quants(
     for name in backends:
         if choose_backend(name).backend.name in ("inc", "reference"):
             raise ConfigError(f"backend {name!r} is not timed: use native or ipex")
-    alphas = {"int8": None, "int8+sq": 0.5}  # any alpha runs the same kernels
+    alphas = {"int8": None, "int8+sq": AUTO}
     return [
         (label, QuantConfig(alpha=alphas[label], backend=name))
         for name in backends
