@@ -65,6 +65,10 @@ class BackendUnavailableError(IpexSqError):
         self.reasons = tuple(reasons)
         super().__init__(f"backend {backend!r} cannot run here: {'; '.join(self.reasons)}")
 
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        """Pickle the arguments, not the message: it crosses from a benchmark's process."""
+        return type(self), (self.backend, self.reasons)
+
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Build the error for an unknown name, with the nearest known one as a suggestion."""

@@ -1,4 +1,4 @@
-"""Time of one forward pass, in each precision, all in one process, one after the other."""
+"""Time of one forward pass in one precision, made comparable with others."""
 
 from __future__ import annotations
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from ipex_sq.cli.flags import Parser, build
-from ipex_sq.cli.running import check_output, show
+from ipex_sq.cli.running import check_output, in_fresh_process, show
 from ipex_sq.config import BACKENDS, BenchmarkConfig, ModelConfig, OutputConfig
 from ipex_sq.errors import ConfigError
 
 DESCRIPTION = """\
 Latency of one forward pass on this CPU: fp32 and bf16 as transformers runs them, bf16 compiled per
-layer, and with --int8 the int8 model of every backend that can run. stdout ends in one JSON line.
+layer, and with --int8 the int8 model of every backend that can run, each in a process of its own.
+stdout ends in one JSON line.
 """
 
 EXAMPLES = """\
@@ -64,7 +65,7 @@ def command(arguments: Sequence[str]) -> None:
     label = ("int8+sq" if flags.sq else "int8",)
     quants = int8_quants(backends_to_compare(flags.backend), label) if flags.int8 else []
     benchmark = ForwardBenchmark(model, config)
-    rows = [benchmark.run(contender) for contender in contenders(quants)]
+    rows = [in_fresh_process(benchmark.run, contender) for contender in contenders(quants)]
     add_speedups(rows)
     result = {
         "model": model.model_name_or_path,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ipex_sq.errors import ConfigError, IpexSqError
 
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 Command = Callable[[Sequence[str]], None]
 
 USER_ERROR = 2
@@ -21,11 +25,7 @@ USER_ERROR = 2
 
 def run(command: Command, arguments: Sequence[str] | None = None) -> int:
     """Run a command; an `IpexSqError` becomes one line on stderr and exit code 2."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    for chatty in ("httpx", "huggingface_hub", "datasets", "transformers", "torchao"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    configure_logging()
     try:
         command(sys.argv[1:] if arguments is None else arguments)
     except IpexSqError as error:
@@ -36,6 +36,25 @@ def run(command: Command, arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted\n")
         return 130
     return 0
+
+
+def configure_logging() -> None:
+    """Our lines go to stderr; other libraries speak up only about errors."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    for chatty in ("httpx", "huggingface_hub", "datasets", "transformers", "torchao"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def in_fresh_process(function: Callable[[Argument], Result], argument: Argument) -> Result:
+    """Call `function(argument)` in a new process, so that nothing before it changes its speed.
+
+    Both must be picklable; an exception comes back as it was.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=configure_logging) as pool:
+        return pool.submit(function, argument).result()
 
 
 def show(table: str, result: dict[str, Any], output: Path | None) -> None:
