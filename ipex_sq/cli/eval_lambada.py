@@ -57,8 +57,8 @@ def parser() -> Parser:
         default=None,
         metavar="ALPHA",
         help="migration strength of SmoothQuant: 0 to 1, or auto (chosen for each smooth group by "
-        "the change of the predictions), or auto-global (one for the model; default: "
-        f"{QuantConfig.alpha}; the paper's is 0.5)",
+        "the change of the predictions), or auto-global (one for the model) "
+        f"(default: {QuantConfig.alpha}; the paper's is 0.5)",
     )
     flags.add_flag("kl", action="store_true", help="the same as --observer kl")
     flags.add_config(DataConfig)
