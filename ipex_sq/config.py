@@ -83,6 +83,11 @@ class QuantConfig:
         None, "precision of what stays float (default: the backend's own)", choices=PRECISIONS
     )
 
+    @property
+    def searches_alpha(self) -> bool:
+        """Whether alpha is "auto" or "auto-global"."""
+        return isinstance(self.alpha, str)
+
     def __post_init__(self) -> None:
         if isinstance(self.alpha, str):
             parse_alpha(self.alpha)
@@ -178,3 +183,10 @@ class OutputConfig:
 def flag_settings(config_class: type) -> list[Field[Any]]:
     """The fields of a config class that have a command-line flag."""
     return [item for item in fields(config_class) if "flag" in item.metadata]
+
+
+def setting_help(config_class: type, name: str) -> str:
+    """What a setting means, as its flag says it."""
+    return next(
+        str(item.metadata["help"]) for item in flag_settings(config_class) if item.name == name
+    )

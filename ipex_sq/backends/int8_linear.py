@@ -13,6 +13,9 @@ from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import ACTIVATION_LEVELS, ActivationQParams
 from ipex_sq.recipe.splitting import append_copies
 
+INPUT_BUFFERS = ("multiplier", "channels", "input_scale", "input_zero_point")
+"""What `Int8Linear.set_input` sets: the same for all readers of a tensor, and held by the plan."""
+
 _LIBRARY = torch.library.Library("ipex_sq", "DEF")
 _LIBRARY.define(
     "int8_linear(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor packed, Tensor scale, "

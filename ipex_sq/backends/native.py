@@ -9,7 +9,7 @@ from torch import nn
 
 from ipex_sq.backends.base import DTYPES, Backend, Example
 from ipex_sq.backends.compiling import compile_layers, compiler_problem
-from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
 from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.qparams import quantize_weight
@@ -73,7 +73,7 @@ def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
         module.output_dtype = DTYPES[dtype]  # type: ignore[assignment]
         first = lowered[plan.linears[name].group]
         # The same tensor objects: q, k and v then round their input once in the compiled graph.
-        for shared in ("multiplier", "channels", "input_scale", "input_zero_point"):
+        for shared in INPUT_BUFFERS:
             setattr(module, shared, getattr(first, shared))
     config: Any = getattr(model, "config", None)
     if config is not None:

@@ -102,7 +102,7 @@ def _quantize_with_plan(
         raise ConfigError(f"observer {config.observer!r} makes a second pass: pass the batches")
     stats = batches
     if not isinstance(stats, ActStats):
-        stats = calibrate(model, stats, source, samples=isinstance(config.alpha, str))
+        stats = calibrate(model, stats, source, samples=config.searches_alpha)
     seconds = {"calibrate": stats.seconds}
     with _timed(seconds, "plan"):
         decided = plan(model, stats, config)
@@ -136,7 +136,7 @@ def _quantize_with_inc(
         raise ConfigError("backend 'inc' calibrates by itself: pass the batches")
     if config.observer != "minmax":
         raise ConfigError("backend 'inc' runs its published recipe only, which is minmax")
-    alpha = DEFAULT_ALPHA if isinstance(config.alpha, str) else config.alpha
+    alpha = DEFAULT_ALPHA if config.searches_alpha else config.alpha
     strength = None if alpha is None else float(alpha)
     seconds: dict[str, float] = {}
     with _timed(seconds, "lower"):

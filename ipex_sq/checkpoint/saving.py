@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ipex_sq.backends.base import DTYPES
-from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
 from ipex_sq.backends.ipex import IpexBackend, load_graph, tracing_inputs, warm_up
 from ipex_sq.backends.native import NativeBackend, finish_native
 from ipex_sq.backends.registry import choose_backend
@@ -118,7 +118,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{field}"
         for name, module in model.named_modules()
         if isinstance(module, Int8Linear)
-        for field in ("multiplier", "channels", "input_scale", "input_zero_point", "weight_scale")
+        for field in (*INPUT_BUFFERS, "weight_scale")
     }
     found: dict[str, Tensor] = {}
     seen: set[int] = set()

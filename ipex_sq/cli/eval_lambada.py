@@ -17,6 +17,7 @@ from ipex_sq.config import (
     OutputConfig,
     QuantConfig,
     parse_alpha,
+    setting_help,
 )
 from ipex_sq.errors import ConfigError
 
@@ -56,9 +57,8 @@ def parser() -> Parser:
         type=_alpha,
         default=None,
         metavar="ALPHA",
-        help="migration strength of SmoothQuant: 0 to 1, or auto (chosen for each smooth group by "
-        "the change of the predictions), or auto-global (one for the model) "
-        f"(default: {QuantConfig.alpha}; the paper's is 0.5)",
+        help=f"{setting_help(QuantConfig, 'alpha')} (default: {QuantConfig.alpha}; the paper's is "
+        "0.5)",
     )
     flags.add_flag("kl", action="store_true", help="the same as --observer kl")
     flags.add_config(DataConfig)

@@ -132,7 +132,7 @@ class Experiment:
             return quantize_model(model, batches, quant, source)
         if self._stats is None:
             self._stats = calibrate(model, batches, source, samples=False)
-        if isinstance(quant.alpha, str) and not self._stats.samples:
+        if quant.searches_alpha and not self._stats.samples:
             self._stats = add_samples(model, self._stats, batches)
         return quantize_model(model, self._stats, quant)
 

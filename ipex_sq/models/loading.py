@@ -109,13 +109,6 @@ def skeleton(folder: Path, attention: str) -> nn.Module:
     return model.eval()
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer saved beside a checkpoint."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def _loading_error(name: str, error: OSError) -> DataError:
     problem = hub_problem()
     if problem and not Path(name).exists():
