@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import sys
@@ -19,6 +20,9 @@ VERSIONED_PACKAGES = (
     "datasets",
     "safetensors",
 )
+
+EXACT_INT8_ISA = ("AMX", "AVX512-VNNI", "AVX2-VNNI")
+"""Instruction sets that add u8 x s8 products in 32 bits. Older ones saturate at 16."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class SystemCard:
         return asdict(self)
 
 
+@functools.cache
 def cpu_flags() -> frozenset[str]:
     """Instruction-set flags of the first CPU, as Linux names them; empty elsewhere."""
     for line in _cpuinfo():

@@ -1,7 +1,8 @@
 """Neural Compressor's own StaticQuant and SmoothQuant recipe: the baseline that users come from.
 
 It follows the language-modeling example of neural-compressor 3.10: default configurations, every
-operator type that IPEX can quantize (Linear, the head, add, matmul), prepare, calibrate, convert.
+operator type that IPEX can quantize (Linear, the head, add, matmul), prepare, calibrate on one
+text at a time, convert.
 Nothing of our recipe or plan is in it.
 """
 
@@ -25,6 +26,7 @@ from ipex_sq.backends.ipex import (
     tracing_inputs,
 )
 from ipex_sq.models.calibration import Batch
+from ipex_sq.models.sampling import rows_of
 
 PACKAGE = "neural_compressor_pt"
 DEFAULT_ALPHA = 0.5
@@ -105,9 +107,11 @@ def _quantize(model: nn.Module, batches: Sequence[Batch], alpha: float | None) -
     config = get_default_static_config() if alpha is None else SmoothQuantConfig(alpha=alpha)
     inputs = tracing_inputs(batches[0])
 
+    texts = [row for batch in batches for row in rows_of(batch)]
+
     def run(prepared: nn.Module) -> None:
-        for batch in tqdm(batches, desc="inc", unit="batch", disable=None, leave=False):
-            prepared(*_padded(batch))
+        for text in tqdm(texts, desc="inc", unit="text", disable=None, leave=False):
+            prepared(*_padded(text))
 
     with torch.no_grad():
         prepared = prepare(model, config, example_inputs=inputs)

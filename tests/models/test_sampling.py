@@ -11,6 +11,7 @@ from ipex_sq.backends.quantization import plan, quantize
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CalibrationError
 from ipex_sq.models.calibration import add_samples, calibrate
+from ipex_sq.models.sampling import draw_tokens
 from ipex_sq.models.tiny import FAMILIES, tiny_model
 
 
@@ -54,7 +55,7 @@ def test_gradients_are_those_of_automatic_differentiation(batches):
     sample = stats.samples[key]
     logits = model(**text, use_cache=False)[0].detach().flatten(end_dim=-2)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
+    drawn = draw_tokens(logits.float().softmax(-1), generator)
     direction = torch.randn(64, generator=generator, dtype=torch.double)
 
     def loss(step):
@@ -67,6 +68,14 @@ def test_gradients_are_those_of_automatic_differentiation(batches):
 
     slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
     assert slope == pytest.approx(float((sample.gradients.double() @ direction).sum()), rel=1e-3)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    likely = torch.tensor([0.0, 0.6, 0.0, 0.3, 0.1])
+    drawn = draw_tokens(likely.expand(20_000, 5), torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn, minlength=5) / 20_000
+    assert torch.equal(share == 0, likely == 0)
+    assert torch.allclose(share, likely, atol=0.015)  # four standard errors
 
 
 def test_a_search_without_samples_says_what_to_do(batches):

@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from ipex_sq.recipe import qparams
 from ipex_sq.recipe.qparams import (
     activation_qparams,
     fake_quantize_activation,
     fake_quantize_weight,
+    int8_sums,
     quantize_activation,
     quantize_weight,
     weight_scale,
@@ -50,3 +52,18 @@ def test_weights_use_the_whole_symmetric_range_of_each_row():
 def test_an_all_zero_row_stays_zero():
     weight = torch.zeros(2, 4)
     assert torch.equal(fake_quantize_weight(weight, weight_scale(weight)), weight)
+
+
+@pytest.mark.parametrize("isa", ["AVX512-VNNI", "AVX2"])
+@pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
+def test_int8_sums_are_the_sums_of_the_integers(monkeypatch, isa, zero_point):
+    """On a CPU whose int8 kernels saturate, fp32 does it, with the same result."""
+    if isa == "AVX512-VNNI" and qparams.int8_isa() not in qparams.EXACT_INT8_ISA:
+        pytest.skip("the CPU has no exact int8 kernels")
+    monkeypatch.setattr(qparams, "int8_isa", lambda: isa)
+    generator = torch.Generator().manual_seed(zero_point)
+    levels = torch.randint(0, 256, (33, 70), generator=generator, dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (19, 70), generator=generator, dtype=torch.int8)
+    weight[3], levels[4] = 127, 255  # the largest sums
+    wanted = (levels.long() - zero_point) @ weight.long().T
+    assert torch.equal(int8_sums(levels, zero_point, weight).long(), wanted)
