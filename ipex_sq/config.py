@@ -17,6 +17,8 @@ AUTO, AUTO_GLOBAL = "auto", "auto-global"
 
 BACKENDS = ("ipex", "native", "inc", "reference")
 OBSERVERS = ("minmax", "kl")
+STATIC, DYNAMIC, MIXED = "static", "dynamic", "mixed"
+ACTIVATIONS = (STATIC, DYNAMIC, MIXED)
 PRECISIONS = ("fp32", "bf16")
 LOGITS = ("all", "last")
 
@@ -78,6 +80,13 @@ class QuantConfig:
         type=parse_alpha,
     )
     observer: str = _setting("minmax", "activation range", choices=OBSERVERS)
+    activations: str | None = _setting(
+        None,
+        "how inputs are rounded: static (per tensor), dynamic (per token), or mixed: per token "
+        "where massive activations make static rounding cost most (default: mixed where alpha is "
+        "searched and the backend rounds per token, else static)",
+        choices=ACTIVATIONS,
+    )
     backend: str = _setting("auto", f"auto or one of: {', '.join(BACKENDS)}")
     dtype: str | None = _setting(
         None, "precision of what stays float (default: the backend's own)", choices=PRECISIONS
@@ -95,6 +104,8 @@ class QuantConfig:
             check_alpha(self.alpha)
         _check_choice("observer", self.observer, OBSERVERS)
         _check_choice("backend", self.backend, (*BACKENDS, "auto"))
+        if self.activations is not None:
+            _check_choice("activations", self.activations, ACTIVATIONS)
         if self.dtype is not None:
             _check_choice("dtype", self.dtype, PRECISIONS)
 

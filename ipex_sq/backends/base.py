@@ -23,11 +23,13 @@ class Backend(ABC):
         name: As on the command line.
         float_dtype: Precision of what stays float, unless the user says otherwise.
         kernels: What runs the int8 Linears, for the report.
+        rounds_tokens: Whether it executes Linears whose input is rounded per token.
     """
 
     name: str
     float_dtype: str = "fp32"
     kernels: str = ""
+    rounds_tokens: bool = False
 
     @abstractmethod
     def unsupported_reasons(self) -> list[str]:

@@ -25,8 +25,7 @@ from ipex_sq.backends.ipex import (
     quiet,
     tracing_inputs,
 )
-from ipex_sq.models.calibration import Batch
-from ipex_sq.models.sampling import rows_of
+from ipex_sq.models.sampling import Batch, rows_of
 
 PACKAGE = "neural_compressor_pt"
 DEFAULT_ALPHA = 0.5

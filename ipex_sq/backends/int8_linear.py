@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.recipe.plan import PreScale
-from ipex_sq.recipe.qparams import ACTIVATION_LEVELS, ActivationQParams
+from ipex_sq.recipe.qparams import (
+    ACTIVATION_LEVELS,
+    TOKEN_ZERO_POINT,
+    ActivationQParams,
+    quantize_tokens,
+    token_scale,
+)
 from ipex_sq.recipe.splitting import append_copies
 
 INPUT_BUFFERS = ("multiplier", "channels", "input_scale", "input_zero_point")
@@ -70,10 +76,12 @@ class Int8Linear(nn.Module):
     Attributes:
         in_features: Width of the input with its copies.
         out_features: Width of the output.
-        multiplier: `[in_features]`, 1 / (smoothing scale * activation scale), fp32.
+        per_token: Whether the input is rounded per token rather than by a static scale.
+        multiplier: `[in_features]`, 1 / (smoothing scale * activation scale), fp32; per token only
+            1 / smoothing scale.
         channels: `[copies]`, the input's channels that are appended to it, or None.
-        input_scale: Scalar fp32; a tensor, because a Python float would be compiled in and make
-            every layer a graph of its own.
+        input_scale: Scalar fp32, 1 per token; a tensor, because a Python float would be compiled
+            in and make every layer a graph of its own.
         input_zero_point: Scalar int32.
         weight_scale: `[out_features]`, fp32.
         bias: `[out_features]`, fp32, or None.
@@ -96,6 +104,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.output_dtype = torch.float32
+        self.per_token = False
         self.register_buffer("weight_scale", weight_scale.float())
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         zeros = torch.zeros(self.out_features, dtype=torch.int32)
@@ -103,13 +112,16 @@ class Int8Linear(nn.Module):
         packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
         self.register_buffer("packed", packed, persistent=False)
 
-    def set_input(self, activation: ActivationQParams, prescale: PreScale | None) -> None:
+    def set_input(self, activation: ActivationQParams | None, prescale: PreScale | None) -> None:
         """Set how the input is rounded.
 
         Args:
-            activation: Of the smoothed input.
+            activation: Of the smoothed input; None rounds per token.
             prescale: What divides the input and which channels are copied, or None.
         """
+        self.per_token = activation is None
+        if activation is None:
+            activation = ActivationQParams(1.0, TOKEN_ZERO_POINT)
         divisor = torch.ones(self.in_features) if prescale is None else prescale.divisor
         self.register_buffer("channels", None if prescale is None else prescale.channels)
         self.register_buffer("multiplier", 1.0 / (divisor * activation.scale))
@@ -124,18 +136,25 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features - copies]`, any float, to `[..., out_features]`."""
-        x = append_copies(x, self.channels).float()
-        levels = torch.round(x * self.multiplier) + self.input_zero_point
+        x = append_copies(x, self.channels).float() * self.multiplier
+        if self.per_token:
+            scale = token_scale(x)
+            product = self._multiply(quantize_tokens(x, scale), None, torch.float32) * scale
+            return (product if self.bias is None else product + self.bias).to(self.output_dtype)
+        levels = torch.round(x) + self.input_zero_point
         rounded = levels.clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
+        return self._multiply(rounded, self.bias, self.output_dtype)
+
+    def _multiply(self, levels: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         output: Tensor = torch.ops.ipex_sq.int8_linear(
-            rounded,
+            levels,
             self.input_scale,
             self.input_zero_point,
             self.packed,
             self.weight_scale,
             self.weight_zero_points,
-            self.bias,
-            self.output_dtype,
+            bias,
+            dtype,
             self.out_features,
         )
         return output

@@ -13,12 +13,13 @@ from torch import nn
 from ipex_sq.backends.base import Backend
 from ipex_sq.backends.inc import DEFAULT_ALPHA, IncBackend
 from ipex_sq.backends.registry import Choice, choose_backend
-from ipex_sq.config import QuantConfig
+from ipex_sq.config import MIXED, STATIC, QuantConfig
 from ipex_sq.errors import ConfigError
-from ipex_sq.models.calibration import Batch, calibrate, kl_ranges
-from ipex_sq.models.folding import apply_smoothing
+from ipex_sq.models.calibration import calibrate, kl_ranges
+from ipex_sq.models.folding import apply_smoothing, correct_biases
+from ipex_sq.models.sampling import Batch
 from ipex_sq.recipe.plan import QuantPlan
-from ipex_sq.recipe.planning import ActStats, make_plan
+from ipex_sq.recipe.planning import ActStats, Rounding, make_plan
 
 
 @dataclass
@@ -47,9 +48,35 @@ class QuantizedModel:
 
 
 def plan(model: nn.Module, stats: ActStats, config: QuantConfig = QuantConfig()) -> QuantPlan:  # noqa: B008
-    """Decide the numerics of every Linear of `model` from its statistics (minmax ranges)."""
+    """Decide the numerics of every Linear of `model` from its statistics (minmax ranges).
+
+    Raises:
+        BackendUnavailableError: The backend cannot run here.
+        ConfigError: It does not round per token, and the config asks for it.
+        CalibrationError: The statistics hold no samples, and the config searches.
+    """
     weights = {name: model.get_submodule(name).weight for name in stats.linears}
-    return make_plan(stats, weights, config.alpha)  # type: ignore[arg-type]
+    backend = choose_backend(config.backend).backend
+    if isinstance(backend, IncBackend):
+        raise ConfigError("backend 'inc' has a recipe of its own and no plan")
+    return make_plan(stats, weights, rounding(config, backend))  # type: ignore[arg-type]
+
+
+def rounding(config: QuantConfig, backend: Backend) -> Rounding:
+    """What a plan for `backend` is asked for: the config, its open choice made.
+
+    Raises:
+        ConfigError: The backend does not round per token, and the config asks for it.
+    """
+    wanted = config.activations
+    if wanted is None:
+        wanted = MIXED if config.searches_alpha and backend.rounds_tokens else STATIC
+    if wanted != STATIC and not backend.rounds_tokens:
+        raise ConfigError(
+            f"backend {backend.name!r} rounds per tensor only: use --activations static, or "
+            "--backend native"
+        )
+    return Rounding(config.alpha, wanted)
 
 
 def quantize(
@@ -100,9 +127,10 @@ def _quantize_with_plan(
     assert isinstance(backend, Backend)  # noqa: S101
     if isinstance(batches, ActStats) and config.observer != "minmax":
         raise ConfigError(f"observer {config.observer!r} makes a second pass: pass the batches")
+    wanted = rounding(config, backend)
     stats = batches
     if not isinstance(stats, ActStats):
-        stats = calibrate(model, stats, source, samples=config.searches_alpha)
+        stats = calibrate(model, stats, source, samples=wanted.needs_samples)
     seconds = {"calibrate": stats.seconds}
     with _timed(seconds, "plan"):
         decided = plan(model, stats, config)
@@ -111,6 +139,7 @@ def _quantize_with_plan(
     if config.observer == "kl" and not isinstance(batches, ActStats):
         with _timed(seconds, "observe"):
             decided = decided.with_ranges(kl_ranges(model, decided, batches), "kl")
+    correct_biases(model, decided)
     with _timed(seconds, "lower"):
         lowered = backend.lower(model, decided, stats.example, dtype)
     lowered.quant_plan = decided  # type: ignore[assignment]
@@ -134,8 +163,8 @@ def _quantize_with_inc(
 ) -> QuantizedModel:
     if isinstance(batches, ActStats):
         raise ConfigError("backend 'inc' calibrates by itself: pass the batches")
-    if config.observer != "minmax":
-        raise ConfigError("backend 'inc' runs its published recipe only, which is minmax")
+    if config.observer != "minmax" or config.activations not in (None, STATIC):
+        raise ConfigError("backend 'inc' runs its published recipe only: minmax, static")
     alpha = DEFAULT_ALPHA if config.searches_alpha else config.alpha
     strength = None if alpha is None else float(alpha)
     seconds: dict[str, float] = {}

@@ -11,6 +11,7 @@ from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.qparams import (
     ActivationQParams,
     fake_quantize_activation,
+    fake_quantize_tokens,
     fake_quantize_weight,
 )
 
@@ -20,16 +21,15 @@ class SimulatedInt8Linear(nn.Module):
 
     Attributes:
         weight: `[out_features, in_features]`, values that int8 levels stand for, fp32.
-        divisor: `[in_features]`, run-time smoothing scale; ones where there is none.
     """
 
     weight: Tensor
-    divisor: Tensor
     bias: Tensor | None
 
     def __init__(
-        self, linear: nn.Linear, weight_scale: Tensor, activation: ActivationQParams
+        self, linear: nn.Linear, weight_scale: Tensor, activation: ActivationQParams | None
     ) -> None:
+        """`activation` None rounds per token."""
         super().__init__()
         self.activation = activation
         self.register_buffer("weight", fake_quantize_weight(linear.weight, weight_scale))
@@ -38,7 +38,10 @@ class SimulatedInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
-        rounded = fake_quantize_activation(x, self.activation)
+        if self.activation is None:
+            rounded = fake_quantize_tokens(x)
+        else:
+            rounded = fake_quantize_activation(x, self.activation)
         return functional.linear(rounded, self.weight, self.bias).to(x.dtype)
 
 
@@ -46,6 +49,7 @@ class ReferenceBackend(Backend):
     """Simulated int8 in float, on any machine."""
 
     name = "reference"
+    rounds_tokens = True
     kernels = "fp32 simulation"
 
     def unsupported_reasons(self) -> list[str]:
@@ -57,7 +61,7 @@ class ReferenceBackend(Backend):
         del example
         for name in plan.int8_names:
             item = plan.linears[name]
-            assert item.weight_scale is not None and item.activation is not None  # noqa: S101, PT018
+            assert item.weight_scale is not None  # noqa: S101
             linear = smoothed_linear(model, name)
             simulated = SimulatedInt8Linear(linear, item.weight_scale, item.activation)
             inner = linear is not model.get_submodule(name)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ipex_sq.backends.base import DTYPES
+from ipex_sq.backends.base import DTYPES, Backend
 from ipex_sq.backends.inc import IncBackend
-from ipex_sq.backends.quantization import QuantizedModel, quantize_model
+from ipex_sq.backends.quantization import QuantizedModel, quantize_model, rounding
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.config import DataConfig, EvaluationConfig, ModelConfig, QuantConfig
 from ipex_sq.data.calibration import calibration_batches, choose_texts
@@ -20,6 +20,7 @@ from ipex_sq.errors import ConfigError
 from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada, paired_difference
 from ipex_sq.models.calibration import add_samples, calibrate
 from ipex_sq.models.loading import load_model
+from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT
 from ipex_sq.recipe.planning import ActStats
 from ipex_sq.system import peak_rss_bytes, reset_peak_rss
 
@@ -132,7 +133,9 @@ class Experiment:
             return quantize_model(model, batches, quant, source)
         if self._stats is None:
             self._stats = calibrate(model, batches, source, samples=False)
-        if quant.searches_alpha and not self._stats.samples:
+        backend = choose_backend(quant.backend).backend
+        assert isinstance(backend, Backend)  # noqa: S101
+        if rounding(quant, backend).needs_samples and not self._stats.samples:
             self._stats = add_samples(model, self._stats, batches)
         return quantize_model(model, self._stats, quant)
 
@@ -176,6 +179,8 @@ def _float_description(run: Run) -> dict[str, Any]:
         "dtype": run.dtype,
         "alpha": None,
         "int8_linears": 0,
+        "dynamic_linears": 0,
+        "dynamic_reasons": {},
         "float_linears": None,
         "float_reasons": {},
         "quantize_s": None,
@@ -185,7 +190,8 @@ def _float_description(run: Run) -> dict[str, Any]:
 def _int8_description(quantized: QuantizedModel, quant: QuantConfig) -> dict[str, Any]:
     plan = quantized.plan
     choice = choose_backend(quant.backend)
-    reasons = plan.float_reasons if plan else {}
+    reasons = plan.reasons(FLOAT) if plan else {}
+    dynamic = plan.reasons(DYNAMIC_INT8) if plan else {}
     return {
         "backend": quantized.backend,
         "backend_why": choice.why,
@@ -197,6 +203,8 @@ def _int8_description(quantized: QuantizedModel, quant: QuantConfig) -> dict[str
         "expected_kl": plan.expected_kl if plan else None,
         "observer": plan.observer if plan else "minmax",
         "int8_linears": len(plan.int8_names) if plan else quantized.int8_linears,
+        "dynamic_linears": sum(dynamic.values()),
+        "dynamic_reasons": dynamic,
         "float_linears": sum(reasons.values()),
         "float_reasons": reasons,
         "smooth_groups": plan.placements if plan else {},

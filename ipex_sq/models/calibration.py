@@ -8,20 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ipex_sq.errors import CalibrationError
 from ipex_sq.models.folding import smoothed_linear
-from ipex_sq.models.sampling import sample_groups
+from ipex_sq.models.sampling import Batch, sample_groups, set_apart
 from ipex_sq.models.topology import find_topology, quantizable_linears
 from ipex_sq.recipe.histograms import record_histograms
 from ipex_sq.recipe.observers import record_stats
-from ipex_sq.recipe.plan import QuantPlan
+from ipex_sq.recipe.plan import STATIC_INT8, QuantPlan
 from ipex_sq.recipe.planning import ActStats
-
-Batch = Mapping[str, Tensor]
-"""`input_ids` and `attention_mask`, both `[batch, tokens]`, without padding."""
 
 
 def calibrate(
@@ -50,8 +47,12 @@ def calibrate(
     linears, _ = quantizable_linears(model)
     example = {key: value[:1] for key, value in rows[0].items()}
     topology = find_topology(model, example)
+    unsampled, sampled = set_apart(rows)
     with record_stats(linears) as recorder, torch.no_grad():
-        for batch in _bar(rows, "calibrate"):
+        for batch in _bar(unsampled, "calibrate"):
+            _run_body(model, batch)
+        without_sampled = recorder.so_far()
+        for batch in sampled:
             _run_body(model, batch)
     stats = ActStats(
         linears=recorder.finish(),
@@ -62,6 +63,7 @@ def calibrate(
         tokens=sum(row["input_ids"].numel() for row in rows),
         source=dict(source or {}),
         seconds=time.perf_counter() - start,
+        unsampled=without_sampled,
     )
     return add_samples(model, stats, rows) if samples else stats
 
@@ -77,7 +79,7 @@ def kl_ranges(
     model: nn.Module, plan: QuantPlan, batches: Sequence[Batch]
 ) -> dict[str, tuple[float, float]]:
     """Second pass, over the smoothed model: the KL range of every int8 Linear's input."""
-    linears = {name: smoothed_linear(model, name) for name in plan.int8_names}
+    linears = {name: smoothed_linear(model, name) for name in plan.names(STATIC_INT8)}
     ranges = {name: _planned_range(plan, name) for name in linears}
     with record_histograms(linears, ranges) as histograms, torch.no_grad():
         for batch in _bar(batches, "kl histograms"):

@@ -17,21 +17,27 @@ from ipex_sq.recipe.samples import GroupSample, record_samples
 SAMPLED_TEXTS = 8
 """On SmolLM2-135M 16 and 32 choose no better (docs/log.md)."""
 
+LARGEST_SAMPLED_SHARE = 0.25
+"""Of the texts; were it more, the others would say too little about the ranges."""
+
+Batch = Mapping[str, Tensor]
+"""`input_ids` and `attention_mask`, both `[batch, tokens]`, without padding."""
+
 
 def sample_groups(
-    model: nn.Module, groups: Sequence[SmoothGroup], batches: Sequence[Mapping[str, Tensor]]
+    model: nn.Module, groups: Sequence[SmoothGroup], batches: Sequence[Batch]
 ) -> dict[str, GroupSample]:
     """Sample what `groups` read and how their outputs move the predictions of `model`.
 
     Args:
         model: Float model; it is not changed.
         groups: Of its Linears.
-        batches: Unpadded; `SAMPLED_TEXTS` rows evenly spread over them are run.
+        batches: Unpadded; `SAMPLED_TEXTS` texts evenly spread over them are run.
 
     Returns:
         By group key; a group that these texts never reach has none.
     """
-    texts = _spread([row for batch in batches for row in rows_of(batch)])
+    texts = _sampled_texts(batches)
     tokens = sum(text["input_ids"].numel() for text in texts)
     generator = torch.Generator().manual_seed(0)
     with record_samples(model, groups, tokens) as recorder, _only_activations(model):
@@ -54,14 +60,36 @@ def draw_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, level).clamp(max=probabilities.shape[-1] - 1)[:, 0]
 
 
-def rows_of(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def set_apart(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The texts that are not sampled, batched, and those that are, where they are few enough."""
+    counts = [batch["input_ids"].shape[0] for batch in batches]
+    if LARGEST_SAMPLED_SHARE * sum(counts) < SAMPLED_TEXTS:
+        return list(batches), []
+    sampled = set(_sampled_indices(sum(counts)))
+    kept: list[Batch] = []
+    start = 0
+    for batch, count in zip(batches, counts, strict=True):
+        rows = [row for row in range(count) if start + row not in sampled]
+        if rows:
+            kept.append({key: value[rows] for key, value in batch.items()})
+        start += count
+    return kept, list(_sampled_texts(batches))
+
+
+def rows_of(batch: Batch) -> Iterator[dict[str, Tensor]]:
+    """The batch, one text at a time."""
     for index in range(batch["input_ids"].shape[0]):
         yield {key: value[index : index + 1] for key, value in batch.items()}
 
 
-def _spread(texts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    count = min(SAMPLED_TEXTS, len(texts))
-    return [texts[index * len(texts) // count] for index in range(count)]
+def _sampled_texts(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    texts = [row for batch in batches for row in rows_of(batch)]
+    return [texts[index] for index in _sampled_indices(len(texts))]
+
+
+def _sampled_indices(texts: int) -> list[int]:
+    count = min(SAMPLED_TEXTS, texts)
+    return [index * texts // count for index in range(count)]
 
 
 @contextmanager

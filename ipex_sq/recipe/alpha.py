@@ -2,8 +2,8 @@
 
 For every candidate each group is smoothed, its weights and sampled inputs are quantized exactly as
 the plan would, and the change of the outputs is weighed by its effect on the model's predictions
-(`samples.py`). Ranges are those of all calibration tokens, so a candidate cannot hide an outlier
-that the sample happens to miss.
+(`samples.py`). Ranges are those of the calibration texts that were not sampled: alpha near 1 gives
+every channel exactly the range that calibration saw, and only other texts show what clipping costs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from ipex_sq.recipe.observers import LinearStats
+from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8
 from ipex_sq.recipe.qparams import (
+    TOKEN_ZERO_POINT,
     activation_qparams,
     int8_sums,
     quantize_activation,
+    quantize_tokens,
     quantize_weight,
+    token_scale,
     weight_scale,
 )
 from ipex_sq.recipe.samples import GroupSample
@@ -37,6 +41,8 @@ class GroupInputs:
 
     Attributes:
         stats: Range of its input.
+        unsampled_stats: The same without the texts that were sampled, or None: the search clips by
+            it as int8 will clip texts that calibration has not seen.
         weights: `[out_i, in_features]` of its readers, fp32.
         copies: How many copies of outlier channels to make (`splitting.py`).
         sample: Of its tokens, for the search.
@@ -46,6 +52,12 @@ class GroupInputs:
     weights: Sequence[Tensor]
     copies: int = 0
     sample: GroupSample | None = None
+    unsampled_stats: LinearStats | None = None
+
+    @property
+    def search_stats(self) -> LinearStats:
+        """The range that the search rounds by."""
+        return self.unsampled_stats or self.stats
 
     def smoothing(self, alpha: float) -> tuple[Tensor, Tensor | None]:
         """Smoothing scale `[in_features]`, and the channels to split `[copies]` or None."""
@@ -63,69 +75,90 @@ class AlphaSearch:
     """What each candidate costs, in nats of KL divergence per prediction.
 
     Attributes:
-        grid: The candidates.
-        kl: By group key, one figure per candidate.
+        grid: The alphas tried; None stands for no smoothing.
+        kl: By mode ("static_int8", "dynamic_int8") and group key, one figure per alpha.
     """
 
-    grid: Sequence[float]
-    kl: Mapping[str, Sequence[float]]
+    grid: Sequence[float | None]
+    kl: Mapping[str, Mapping[str, Sequence[float]]]
 
-    @property
-    def total(self) -> dict[float, float]:
-        """Cost of each candidate where all groups use it."""
-        columns = zip(*self.kl.values(), strict=True)
+    def total(self, mode: str = STATIC_INT8) -> dict[float | None, float]:
+        """Cost of each alpha where all groups use it."""
+        columns = zip(*self.kl[mode].values(), strict=True)
         return {alpha: sum(column) for alpha, column in zip(self.grid, columns, strict=True)}
 
-    @property
-    def best_for_all(self) -> float:
+    def best_for_all(self, mode: str = STATIC_INT8) -> float | None:
         """The one alpha that costs least in total."""
-        total = self.total
+        total = self.total(mode)
         return min(total, key=total.__getitem__)
 
-    def best(self, key: str) -> float:
+    def best(self, key: str, mode: str = STATIC_INT8) -> float | None:
         """The alpha that costs least in this group; of a group without a sample, `best_for_all`."""
-        if key not in self.kl:
-            return self.best_for_all
-        return min(zip(self.kl[key], self.grid, strict=True))[1]
+        if key not in self.kl[mode]:
+            return self.best_for_all(mode)
+        costs = self.kl[mode][key]
+        return self.grid[min(range(len(costs)), key=costs.__getitem__)]
 
-    def cost(self, key: str, alpha: float) -> float:
+    def cost(self, key: str, alpha: float | None, mode: str = STATIC_INT8) -> float:
         """Cost of `alpha` in this group; 0.0 for a group without a sample."""
-        return self.kl[key][self.grid.index(alpha)] if key in self.kl else 0.0
+        costs = self.kl[mode].get(key)
+        return 0.0 if costs is None else costs[self.grid.index(alpha)]
 
 
 def search_alpha(
     groups: Mapping[str, GroupInputs],
-    grid: Sequence[float] = ALPHA_GRID,
+    grid: Sequence[float | None] = ALPHA_GRID,
+    modes: Sequence[str] = (STATIC_INT8,),
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> AlphaSearch:
     """Measure every candidate in every group.
 
     Args:
         groups: By group key.
-        grid: Candidates, each in [0, 1].
+        grid: Alphas, each in [0, 1] or None.
+        modes: How the input is rounded: "static_int8", "dynamic_int8".
         progress: Wraps the iteration over group keys, for a progress bar.
     """
-    return AlphaSearch(grid, {key: group_costs(groups[key], grid) for key in progress(groups)})
+    kl: dict[str, dict[str, list[float]]] = {mode: {} for mode in modes}
+    for key in progress(groups):
+        for mode, costs in group_costs(groups[key], grid, modes).items():
+            kl[mode][key] = costs
+    return AlphaSearch(grid, kl)
 
 
-def group_costs(inputs: GroupInputs, grid: Sequence[float | None]) -> list[float]:
-    """Expected KL divergence per prediction of one group's int8 Linears at each alpha.
-
-    None in the grid stands for no smoothing.
-    """
+def group_costs(
+    inputs: GroupInputs, grid: Sequence[float | None], modes: Sequence[str] = (STATIC_INT8,)
+) -> dict[str, list[float]]:
+    """Expected KL divergence per prediction of one group's int8 Linears, by mode, at each alpha."""
     sample = inputs.sample
     assert sample is not None  # noqa: S101
     stacked = torch.cat(list(inputs.weights))
     wanted = ((sample.inputs @ stacked.T) * sample.gradients).sum(dim=1)
-    costs = []
+    costs: dict[str, list[float]] = {mode: [] for mode in modes}
     for alpha in grid:
         scale, channels = (None, None) if alpha is None else inputs.smoothing(alpha)
-        qparams = activation_qparams(*inputs.stats.smoothed_range(scale))
         rows = sample.inputs if scale is None else sample.inputs / scale
-        levels = append_copies(quantize_activation(rows, qparams), channels)
         weight = smoothed_weight(stacked, scale, channels)
         steps = weight_scale(weight)
-        sums = int8_sums(levels, qparams.zero_point, quantize_weight(weight, steps))
-        projected = sums.mul_(steps).mul_(sample.gradients).sum(dim=1) * qparams.scale
-        costs.append(sample.expected_kl(projected - wanted))
+        weight_levels = quantize_weight(weight, steps)
+        for mode in modes:
+            levels, zero_point, step = round_rows(rows, inputs.search_stats, scale, mode)
+            sums = int8_sums(append_copies(levels, channels), zero_point, weight_levels)
+            projected = sums.mul_(steps).mul_(step).mul_(sample.gradients).sum(dim=1)
+            costs[mode].append(sample.expected_kl(projected - wanted))
     return costs
+
+
+def round_rows(
+    rows: Tensor, stats: LinearStats, scale: Tensor | None, mode: str
+) -> tuple[Tensor, int, Tensor | float]:
+    """Round smoothed rows `[n, in_features]` as `mode` says.
+
+    Returns:
+        Levels (uint8), their zero point, and the step: one, or `[n, 1]`.
+    """
+    if mode == DYNAMIC_INT8:
+        step = token_scale(rows)
+        return quantize_tokens(rows, step), TOKEN_ZERO_POINT, step
+    qparams = activation_qparams(*stats.smoothed_range(scale))
+    return quantize_activation(rows, qparams), qparams.zero_point, qparams.scale

@@ -65,6 +65,10 @@ class StatsRecorder:
         seen = self._stats[name]
         self._stats[name] = measured if seen is None else seen.joined(measured)
 
+    def so_far(self) -> dict[str, LinearStats]:
+        """The statistics of the Linears that were reached until now."""
+        return {name: seen for name, seen in self._stats.items() if seen is not None}
+
     def finish(self) -> dict[str, LinearStats]:
         """The statistics of every Linear.
 
@@ -78,7 +82,7 @@ class StatsRecorder:
                 f"{len(missed)} Linear layer(s) were never reached in calibration, the first is "
                 f"{missed[0]!r}: calibrate on more texts, or keep them in float"
             )
-        return {name: seen for name, seen in self._stats.items() if seen is not None}
+        return self.so_far()
 
 
 def _measure(name: str, x: Tensor) -> LinearStats:

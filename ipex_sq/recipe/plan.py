@@ -17,9 +17,10 @@ from ipex_sq.errors import CheckpointError
 from ipex_sq.recipe.qparams import ActivationQParams, activation_qparams
 from ipex_sq.recipe.splitting import append_copies
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 STATIC_INT8 = "static_int8"
+DYNAMIC_INT8 = "dynamic_int8"
 FLOAT = "float"
 FOLD, PRESCALE, UNSMOOTHED = "fold", "prescale", "none"
 
@@ -54,11 +55,13 @@ class LinearPlan:
     """What becomes of one Linear.
 
     Attributes:
-        mode: "static_int8" or "float".
-        reason: Why it stays float; empty for int8.
+        mode: "static_int8", "dynamic_int8" (its input is rounded per token) or "float".
+        reason: Why it is not static int8; empty where it is.
         group: Key of its smooth group; empty for float.
-        activation: uint8 parameters of its (smoothed) input; None for float.
+        activation: uint8 parameters of its (smoothed) input; None unless static.
         weight_scale: `[out_features]`, of its (smoothed) weight; None for float.
+        output_error: `[out_features]`, mean error of its int8 output, to be taken from its bias;
+            None where it was not measured.
     """
 
     mode: str
@@ -66,6 +69,7 @@ class LinearPlan:
     group: str = ""
     activation: ActivationQParams | None = None
     weight_scale: Tensor | None = None
+    output_error: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,13 @@ class QuantPlan:
         """Module paths of the Linears that run in int8."""
         return [name for name, item in self.linears.items() if item.mode != FLOAT]
 
-    @property
-    def float_reasons(self) -> dict[str, int]:
-        """How many Linears stay float, by reason."""
-        return dict(Counter(item.reason for item in self.linears.values() if item.mode == FLOAT))
+    def names(self, mode: str) -> list[str]:
+        """Module paths of the Linears of one mode."""
+        return [name for name, item in self.linears.items() if item.mode == mode]
+
+    def reasons(self, mode: str) -> dict[str, int]:
+        """How many Linears have this mode, by reason."""
+        return dict(Counter(item.reason for item in self.linears.values() if item.mode == mode))
 
     @property
     def alpha_range(self) -> tuple[float, float] | None:
@@ -160,10 +167,15 @@ class QuantPlan:
         return PreScale(append_copies(group.scale, group.channels), group.channels)
 
     def with_ranges(self, ranges: Mapping[str, tuple[float, float]], observer: str) -> QuantPlan:
-        """The same plan with other activation ranges (of the smoothed inputs)."""
+        """The same plan with other activation ranges (of the smoothed inputs).
+
+        Mean output errors were measured with the old ones and go.
+        """
         linears = dict(self.linears)
         for name, (low, high) in ranges.items():
-            linears[name] = replace(linears[name], activation=activation_qparams(low, high))
+            linears[name] = replace(
+                linears[name], activation=activation_qparams(low, high), output_error=None
+            )
         return replace(self, linears=linears, observer=observer)
 
     def to_json(self) -> str:
@@ -202,6 +214,9 @@ class QuantPlan:
             for name, item in self.linears.items()
             if item.weight_scale is not None
         }
+        for name, linear in self.linears.items():
+            if linear.output_error is not None:
+                found[f"{name}.output_error"] = linear.output_error
         for key, item in self.groups.items():
             if item.scale is not None:
                 found[f"{key}.smoothing_scale"] = item.scale
@@ -241,9 +256,12 @@ class QuantPlan:
 def _linear_plan(name: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> LinearPlan:
     if item["mode"] == FLOAT:
         return LinearPlan(FLOAT, reason=item["reason"])
-    activation = ActivationQParams(**item["activation"])
+    activation = ActivationQParams(**item["activation"]) if item["activation"] else None
+    if (activation is None) != (item["mode"] == DYNAMIC_INT8):
+        raise CheckpointError(f"not a quantization plan: {name!r} lacks its activation range")
     scale = tensors[f"{name}.weight_scale"]
-    return LinearPlan(item["mode"], "", item["group"], activation, scale)
+    error = tensors.get(f"{name}.output_error")
+    return LinearPlan(item["mode"], item["reason"], item["group"], activation, scale, error)
 
 
 def _group_plan(key: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> GroupPlan:

@@ -9,11 +9,14 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ipex_sq.config import AUTO, AUTO_GLOBAL
+from ipex_sq.config import AUTO, AUTO_GLOBAL, DYNAMIC, MIXED, STATIC
 from ipex_sq.errors import CalibrationError
-from ipex_sq.recipe.alpha import AlphaSearch, GroupInputs, search_alpha
+from ipex_sq.recipe.alpha import ALPHA_GRID, AlphaSearch, GroupInputs, search_alpha
+from ipex_sq.recipe.correction import mean_output_errors
+from ipex_sq.recipe.mixing import MASSIVE, massive_groups
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import (
+    DYNAMIC_INT8,
     FLOAT,
     FOLD,
     PRESCALE,
@@ -43,6 +46,7 @@ class ActStats:
         source: Name and digest of the texts.
         seconds: Wall time of the calibration.
         samples: By group key, for the search of alpha; empty until they are asked for.
+        unsampled: As `linears`, without the few texts that samples are taken from.
     """
 
     linears: Mapping[str, LinearStats]
@@ -54,67 +58,142 @@ class ActStats:
     source: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     samples: Mapping[str, GroupSample] = field(default_factory=dict)
+    unsampled: Mapping[str, LinearStats] = field(default_factory=dict)
 
 
-def make_plan(
-    stats: ActStats, weights: Mapping[str, Tensor], alpha: float | str | None
-) -> QuantPlan:
+@dataclass(frozen=True)
+class Rounding:
+    """What a plan is asked for.
+
+    Attributes:
+        alpha: Number, "auto" (search, for each group), "auto-global" (search, one for all), or
+            None (no smoothing).
+        activations: "static", "dynamic" or "mixed".
+    """
+
+    alpha: float | str | None
+    activations: str = STATIC
+
+    @property
+    def searches_alpha(self) -> bool:
+        """Whether alpha is "auto" or "auto-global"."""
+        return isinstance(self.alpha, str)
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether the decision is made by the effect on predictions."""
+        return self.searches_alpha or self.activations == MIXED
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes that a Linear may get."""
+        both = {STATIC: (STATIC_INT8,), DYNAMIC: (DYNAMIC_INT8,)}
+        return both.get(self.activations, (STATIC_INT8, DYNAMIC_INT8))
+
+
+def make_plan(stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding) -> QuantPlan:
     """Decide the numerics of every Linear.
 
     Args:
         stats: From calibration.
         weights: `[out_features, in_features]` of every Linear in `stats.linears`.
-        alpha: Number, "auto" (search, for each group), "auto-global" (search, one for all), or
-            None (no smoothing).
+        wanted: What to decide, and what is given.
 
     Raises:
         CalibrationError: A search needs samples, and the statistics hold none.
     """
-    inputs = {group.key: _inputs(group, stats, weights, alpha) for group in stats.groups}
-    search = _search(inputs) if isinstance(alpha, str) else None
-    if search is not None and alpha == AUTO_GLOBAL:
-        alpha = search.best_for_all
-    groups = {}
+    inputs = {group.key: _inputs(group, stats, weights, wanted) for group in stats.groups}
+    search = _search(inputs, wanted) if wanted.needs_samples else None
+    alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in wanted.modes}
+    massive = massive_groups(stats.groups, search, alphas) if search and len(alphas) > 1 else set()
+    groups, linears = {}, dict[str, LinearPlan]()
+    for name, reason in stats.float_reasons.items():
+        linears[name] = LinearPlan(FLOAT, reason)
     for group in stats.groups:
-        strength = search.best(group.key) if search and alpha == AUTO else alpha
-        assert not isinstance(strength, str)  # noqa: S101
-        item = _plan_group(group, inputs[group.key], strength)
-        if search is not None and strength is not None:
-            item = replace(item, expected_kl=search.cost(group.key, strength))
+        mode = DYNAMIC_INT8 if group.key in massive else wanted.modes[0]
+        alpha = alphas[mode][group.key]
+        item = _plan_group(group, inputs[group.key], alpha)
+        if search is not None:
+            item = replace(item, expected_kl=search.cost(group.key, alpha, mode))
         groups[group.key] = item
-    linears = {name: LinearPlan(FLOAT, reason) for name, reason in stats.float_reasons.items()}
-    for item in groups.values():
-        linears |= _plan_linears(item, inputs[item.group.key])
+        reason = MASSIVE if group.key in massive else "asked for"
+        linears |= _plan_linears(item, inputs[group.key], (mode, reason))
+        if search is not None and inputs[group.key].sample is not None:
+            linears |= _corrected(item, inputs[group.key], linears)
     calibration = {"texts": stats.texts, "tokens": stats.tokens, **stats.source}
-    costs = {} if search is None else search.total
-    return QuantPlan(alpha, "minmax", linears, groups, costs, calibration)
-
-
-def _inputs(
-    group: SmoothGroup,
-    stats: ActStats,
-    weights: Mapping[str, Tensor],
-    alpha: float | str | None,
-) -> GroupInputs:
-    """What the group's plan is made of; channels are split where alpha is searched."""
-    readers = [weights[name].detach().float() for name in group.readers]
-    searched = isinstance(alpha, str) and not group.foldable
-    return GroupInputs(
-        stats=stats.linears[group.key],
-        weights=readers,
-        copies=number_of_copies(readers[0].shape[1]) if searched else 0,
-        sample=stats.samples.get(group.key),
+    return QuantPlan(
+        _alpha_of_model(search, wanted),
+        "minmax",
+        linears,
+        groups,
+        _costs_of_model(search, wanted),
+        calibration,
     )
 
 
-def _search(inputs: Mapping[str, GroupInputs]) -> AlphaSearch:
+def _corrected(
+    item: GroupPlan, inputs: GroupInputs, linears: Mapping[str, LinearPlan]
+) -> dict[str, LinearPlan]:
+    readers = [linears[name] for name in item.group.readers]
+    errors = mean_output_errors(inputs, item, readers[0].mode)
+    return {
+        name: replace(reader, output_error=error.clone())
+        for name, reader, error in zip(item.group.readers, readers, errors, strict=True)
+    }
+
+
+def _alpha_of_model(search: AlphaSearch | None, wanted: Rounding) -> float | str | None:
+    if search is not None and wanted.alpha == AUTO_GLOBAL:
+        return search.best_for_all(wanted.modes[0])
+    return wanted.alpha
+
+
+def _costs_of_model(search: AlphaSearch | None, wanted: Rounding) -> dict[float, float]:
+    if search is None:
+        return {}
+    total = search.total(wanted.modes[0])
+    return {alpha: cost for alpha, cost in total.items() if alpha is not None}
+
+
+def _inputs(
+    group: SmoothGroup, stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding
+) -> GroupInputs:
+    """What the group's plan is made of; channels are split where alpha is searched."""
+    readers = [weights[name].detach().float() for name in group.readers]
+    splits = wanted.searches_alpha and not group.foldable
+    return GroupInputs(
+        stats=stats.linears[group.key],
+        weights=readers,
+        copies=number_of_copies(readers[0].shape[1]) if splits else 0,
+        sample=stats.samples.get(group.key),
+        unsampled_stats=stats.unsampled.get(group.key),
+    )
+
+
+def _search(inputs: Mapping[str, GroupInputs], wanted: Rounding) -> AlphaSearch:
     sampled = {key: item for key, item in inputs.items() if item.sample is not None}
     if not sampled:
         raise CalibrationError(
-            "the search of alpha needs samples: calibrate(model, batches, samples=True), or pass a "
-            "number as alpha"
+            "this plan needs samples: calibrate(model, batches, samples=True), or pass a number as "
+            "alpha and static or dynamic activations"
         )
-    return search_alpha(sampled, progress=_bar)
+    alpha = wanted.alpha
+    grid = ALPHA_GRID if isinstance(alpha, str) else (alpha,)
+    return search_alpha(sampled, grid, wanted.modes, progress=_bar)
+
+
+def _alphas(
+    groups: Sequence[SmoothGroup], search: AlphaSearch | None, wanted: Rounding, mode: str
+) -> dict[str, float | None]:
+    """The alpha of each group were it of this mode."""
+    alpha = wanted.alpha
+    if not isinstance(alpha, str):
+        return {group.key: alpha for group in groups}
+    assert search is not None  # noqa: S101
+    if alpha == AUTO:
+        return {group.key: search.best(group.key, mode) for group in groups}
+    best = search.best_for_all(mode)
+    return {group.key: best for group in groups}
 
 
 def _bar(keys: Any) -> Any:
@@ -128,12 +207,16 @@ def _plan_group(group: SmoothGroup, inputs: GroupInputs, alpha: float | None) ->
     return GroupPlan(group, FOLD if group.foldable else PRESCALE, alpha, scale, channels)
 
 
-def _plan_linears(item: GroupPlan, inputs: GroupInputs) -> dict[str, LinearPlan]:
-    activation = activation_qparams(*inputs.stats.smoothed_range(item.scale))
+def _plan_linears(
+    item: GroupPlan, inputs: GroupInputs, mode_and_reason: tuple[str, str]
+) -> dict[str, LinearPlan]:
+    mode, reason = mode_and_reason
+    static = mode == STATIC_INT8
+    activation = activation_qparams(*inputs.stats.smoothed_range(item.scale)) if static else None
     return {
         name: LinearPlan(
-            STATIC_INT8,
-            "",
+            mode,
+            "" if static else reason,
             item.group.key,
             activation,
             weight_scale(smoothed_weight(weight, item.scale, item.channels)),

@@ -1,6 +1,7 @@
 """Scales and zero points, and the rounding they stand for.
 
-Activations: uint8, affine, per tensor, zero exactly representable, x ~ (q - zero_point) * scale.
+Activations: uint8, affine, per tensor, zero exactly representable, x ~ (q - zero_point) * scale;
+or, rounded per token at run time, int8, symmetric, held as uint8 with zero point 128.
 Weights: int8, symmetric, per output channel, scale = absmax / 127, q in [-127, 127].
 """
 
@@ -15,6 +16,8 @@ from ipex_sq.system import EXACT_INT8_ISA, int8_isa
 
 ACTIVATION_LEVELS = 255
 WEIGHT_MAXIMUM = 127
+TOKEN_MAXIMUM = 127
+TOKEN_ZERO_POINT = 128
 SMALLEST_SCALE = 1e-8
 """Lower bound of every scale: an input or a weight row that is all zero still divides by it."""
 
@@ -53,6 +56,23 @@ def fake_quantize_activation(x: Tensor, qparams: ActivationQParams) -> Tensor:
 def _activation_levels(x: Tensor, qparams: ActivationQParams) -> Tensor:
     levels = (x.float() / qparams.scale).round_().add_(qparams.zero_point)
     return levels.clamp_(0, ACTIVATION_LEVELS)
+
+
+def token_scale(x: Tensor) -> Tensor:
+    """Scale `[..., 1]` of each token of x `[..., in_features]`: its absmax / 127."""
+    absmax = x.detach().float().abs().amax(dim=-1, keepdim=True)
+    return (absmax / TOKEN_MAXIMUM).clamp(min=SMALLEST_SCALE)
+
+
+def quantize_tokens(x: Tensor, scale: Tensor) -> Tensor:
+    """Round x `[..., in_features]` by `scale` `[..., 1]` to uint8 around `TOKEN_ZERO_POINT`."""
+    return ((x.float() / scale).round_() + TOKEN_ZERO_POINT).to(torch.uint8)
+
+
+def fake_quantize_tokens(x: Tensor) -> Tensor:
+    """The fp32 values that the levels of x stand for when each token has its own scale."""
+    scale = token_scale(x)
+    return (x.float() / scale).round_().mul_(scale)
 
 
 def weight_scale(weight: Tensor) -> Tensor:

@@ -7,14 +7,17 @@ import torch
 from conftest import INT8_BACKENDS, LANE, logits_of, relative_error
 
 from ipex_sq.backends.int8_linear import Int8Linear
-from ipex_sq.backends.quantization import plan, quantize, quantize_model
+from ipex_sq.backends.ipex import IpexBackend
+from ipex_sq.backends.native import NativeBackend
+from ipex_sq.backends.quantization import plan, quantize, quantize_model, rounding
 from ipex_sq.backends.registry import available_backends, choose_backend
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import BackendUnavailableError, ConfigError
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing
 from ipex_sq.models.tiny import FAMILIES, tiny_model
-from ipex_sq.recipe.plan import PreScale
+from ipex_sq.recipe import mixing
+from ipex_sq.recipe.plan import DYNAMIC_INT8, PreScale
 from ipex_sq.recipe.qparams import activation_qparams
 
 # In fp32 only rounding ties differ (a level is 1/255 of the range): well under one level.
@@ -33,6 +36,22 @@ def test_agrees_with_reference(family, backend, alpha, batches, unseen):
     config = QuantConfig(alpha=alpha, backend=backend, dtype="fp32")
     model = quantize(tiny_model(family), batches, config)
     assert relative_error(logits_of(model, unseen), wanted) < FP32_BOUND
+
+
+@pytest.mark.parametrize(("alpha", "activations"), [(None, "dynamic"), ("auto", "mixed")])
+def test_agrees_with_reference_per_token(monkeypatch, alpha, activations, batches, unseen):
+    monkeypatch.setattr(mixing, "LEAST_SAVING", 0.0)  # so that a tiny model has massive groups
+    models = {}
+    for backend in ("reference", "native"):
+        config = QuantConfig(alpha=alpha, activations=activations, backend=backend, dtype="fp32")
+        models[backend] = quantize(tiny_model("llama"), batches, config)
+    decided = models["native"].quant_plan
+    assert decided.to_json() == models["reference"].quant_plan.to_json()
+    assert decided.names(DYNAMIC_INT8)
+    if activations == "mixed":
+        assert len(decided.names(DYNAMIC_INT8)) <= 0.1 * len(decided.int8_names)
+    wanted = logits_of(models["reference"], unseen)
+    assert relative_error(logits_of(models["native"], unseen), wanted) < FP32_BOUND
 
 
 @pytest.mark.parametrize("alpha", [None, 0.5])
@@ -100,6 +119,28 @@ def test_int8_linear_matches_the_integers(unseen):
         linear(x).double(), exact * qparams.scale * scale + bias, rtol=1e-5, atol=1e-5
     )
     assert torch.equal(linear.weight, weight)
+
+
+def test_int8_linear_per_token_matches_the_integers():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (24, 32), dtype=torch.int8, generator=generator)
+    sizes = torch.tensor([1e-3, 1.0, 3000.0, 1.0, 0.0])[:, None]
+    x, bias = sizes * torch.randn(5, 32, generator=generator), torch.randn(24, generator=generator)
+    scale = torch.rand(24, generator=generator)
+    linear = Int8Linear(weight, scale, bias)
+    linear.set_input(None, None)
+    steps = (x.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-8)
+    exact = (torch.round(x / steps).long() @ weight.long().T).double() * steps * scale + bias
+    torch.testing.assert_close(linear(x).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_backend_that_rounds_per_tensor_only_says_so(batches):
+    config = QuantConfig(activations="dynamic", alpha=0.5)
+    with pytest.raises(ConfigError, match="--activations static"):
+        rounding(config, IpexBackend())
+    assert rounding(QuantConfig(), IpexBackend()).activations == "static"
+    assert rounding(QuantConfig(), NativeBackend()).activations == "mixed"
+    assert rounding(QuantConfig(alpha=0.5), NativeBackend()).activations == "static"
 
 
 def test_every_planned_linear_really_is_int8(batches):

@@ -5,6 +5,7 @@ import torch
 
 from ipex_sq.recipe.alpha import ALPHA_GRID, AlphaSearch, GroupInputs, group_costs, search_alpha
 from ipex_sq.recipe.observers import LinearStats
+from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8
 from ipex_sq.recipe.samples import GroupSample
 
 
@@ -18,25 +19,29 @@ def _group(seed, outlier):
     return GroupInputs(LinearStats(x.amin(0), x.amax(0)), [weight], sample=sample)
 
 
+def costs_of(group, grid, mode=STATIC_INT8):
+    return group_costs(group, grid, (mode,))[mode]
+
+
 def test_smoothing_beats_plain_where_a_channel_stands_out():
     group = _group(0, outlier=100.0)
-    assert min(group_costs(group, ALPHA_GRID)) < 0.25 * group_costs(group, [None])[0]
+    assert min(costs_of(group, ALPHA_GRID)) < 0.25 * costs_of(group, [None])[0]
 
 
 def test_each_group_gets_its_own_least_cost_and_the_model_the_least_sum():
     groups = {"a": _group(0, 100.0), "b": _group(1, 1.0)}
     search = search_alpha(groups)
     for key, group in groups.items():
-        costs = group_costs(group, ALPHA_GRID)
+        costs = costs_of(group, ALPHA_GRID)
         assert search.cost(key, search.best(key)) == min(costs)
-    assert search.total[search.best_for_all] == min(search.total.values())
+    assert search.total()[search.best_for_all()] == min(search.total().values())
     separate = sum(search.cost(key, search.best(key)) for key in groups)
-    assert separate <= search.total[search.best_for_all]
+    assert separate <= search.total()[search.best_for_all()]
 
 
 def test_a_group_without_a_sample_takes_the_alpha_of_the_model():
-    search = AlphaSearch((0.5, 0.8), {"a": (2.0, 1.0)})
-    assert search.best("unseen") == search.best_for_all == 0.8
+    search = AlphaSearch((0.5, 0.8), {STATIC_INT8: {"a": (2.0, 1.0)}})
+    assert search.best("unseen") == search.best_for_all() == 0.8
     assert search.cost("unseen", 0.8) == 0.0
 
 
@@ -46,14 +51,14 @@ def _with_effect(group, factor):
 
 
 def test_a_layer_without_effect_on_the_predictions_costs_nothing():
-    assert max(group_costs(_with_effect(_group(0, 100.0), 0.0), [None, 0.5])) == 0.0
+    assert max(costs_of(_with_effect(_group(0, 100.0), 0.0), [None, 0.5])) == 0.0
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
 def test_cost_grows_with_the_square_of_the_effect(factor):
     group = _group(0, 10.0)
-    before = torch.tensor(group_costs(group, [0.5]))
-    after = torch.tensor(group_costs(_with_effect(group, factor), [0.5]))
+    before = torch.tensor(costs_of(group, [0.5]))
+    after = torch.tensor(costs_of(_with_effect(group, factor), [0.5]))
     # fp32 sums of outputs near 1 whose changes are near 1e-2 leave five digits.
     torch.testing.assert_close(after, factor**2 * before, rtol=1e-3, atol=0)
 
@@ -65,7 +70,7 @@ def test_a_rescaling_between_activations_and_weights_changes_no_cost():
     stats = LinearStats(group.stats.minimum * factor, group.stats.maximum * factor)
     sample = replace(group.sample, inputs=group.sample.inputs * factor)
     moved = GroupInputs(stats, [weight / factor for weight in group.weights], sample=sample)
-    before, after = group_costs(group, ALPHA_GRID), group_costs(moved, ALPHA_GRID)
+    before, after = costs_of(group, ALPHA_GRID), costs_of(moved, ALPHA_GRID)
     # A value on a rounding boundary may fall to the other side: a hundredth of the squared error.
     torch.testing.assert_close(torch.tensor(after), torch.tensor(before), rtol=4e-2, atol=0)
 
@@ -79,5 +84,24 @@ def test_splitting_helps_where_one_token_is_massive():
         maximum[5] = 3000.0
         massive = replace(group, stats=LinearStats(group.stats.minimum, maximum))
         for copies in costs:
-            costs[copies] += min(group_costs(replace(massive, copies=copies), ALPHA_GRID))
+            costs[copies] += min(costs_of(replace(massive, copies=copies), ALPHA_GRID))
     assert costs[8] < 0.8 * costs[0]
+
+
+def test_a_scale_per_token_pays_where_tokens_differ_in_size():
+    group = _group(0, outlier=1.0)
+    sizes = torch.ones(200, 1)
+    sizes[0] = 100.0  # calibrated on, in no sampled row but the first
+    inputs = group.sample.inputs * sizes[:64]
+    stats = LinearStats(group.stats.minimum * 100, group.stats.maximum * 100)
+    massive = replace(group, stats=stats, sample=replace(group.sample, inputs=inputs))
+    static, dynamic = (min(costs_of(massive, ALPHA_GRID, m)) for m in (STATIC_INT8, DYNAMIC_INT8))
+    assert dynamic < 0.1 * static
+
+
+def test_the_search_rounds_by_the_range_of_the_texts_that_are_not_sampled():
+    group = _group(0, outlier=1.0)
+    narrow = LinearStats(group.stats.minimum / 4, group.stats.maximum / 4)
+    clipping = replace(group, unsampled_stats=narrow)
+    assert costs_of(clipping, [0.5])[0] > 4 * costs_of(group, [0.5])[0]
+    assert costs_of(clipping, [0.5], DYNAMIC_INT8) == costs_of(group, [0.5], DYNAMIC_INT8)

@@ -26,7 +26,7 @@ def test_a_plan_survives_serialisation(decided):
 
 def test_every_linear_is_int8_or_has_a_reason(decided):
     assert len(decided.int8_names) == 14
-    assert decided.float_reasons == {"output head": 1}
+    assert decided.reasons("float") == {"output head": 1}
     assert all(item.reason for item in decided.linears.values() if item.mode == "float")
 
 
