@@ -6,6 +6,7 @@ from importlib import metadata
 import pytest
 import torch
 
+from ipex_sq.models.running import run_model
 from ipex_sq.models.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 
@@ -21,6 +22,9 @@ HAS_IPEX = _installed("intel_extension_for_pytorch")
 LANE = os.environ.get("IPEX_SQ_LANE", "ipex" if HAS_IPEX else "native")
 INT8_BACKENDS = ("native", "ipex") if LANE == "ipex" else ("native",)
 """Not skipped where IPEX is missing: in the IPEX lane a missing IPEX must fail."""
+
+CORE_FAMILIES = ("bloom", "opt", "llama")
+"""Those that are compiled and traced in tests; the others run the same code uncompiled."""
 
 TEXTS = [
     "the cat sat on the mat and looked at the door of the house",
@@ -61,7 +65,7 @@ def unseen():
 
 def logits_of(model, batch):
     with torch.no_grad():
-        return model(**batch, use_cache=False)[0].float()
+        return run_model(model, batch).float()
 
 
 def relative_error(got, wanted):

@@ -122,7 +122,9 @@ class Int8Linear(nn.Module):
         self.per_token = activation is None
         if activation is None:
             activation = ActivationQParams(1.0, TOKEN_ZERO_POINT)
-        divisor = torch.ones(self.in_features) if prescale is None else prescale.divisor
+        divisor = None if prescale is None else prescale.divisor
+        if divisor is None:
+            divisor = torch.ones(self.in_features)
         self.register_buffer("channels", None if prescale is None else prescale.channels)
         self.register_buffer("multiplier", 1.0 / (divisor * activation.scale))
         self.register_buffer("input_scale", torch.tensor(activation.scale))

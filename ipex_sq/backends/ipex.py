@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ipex_sq.backends.base import DTYPES, Backend, Example
 from ipex_sq.errors import NumericalCheckError
 from ipex_sq.models.body import BodyForTracing, replace_body
-from ipex_sq.models.folding import replace_module
+from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.recipe.plan import LinearPlan, QuantPlan
+from ipex_sq.recipe.splitting import append_copies
 from ipex_sq.system import cpu_flags, int8_isa
 
 PACKAGE = "intel_extension_for_pytorch"
@@ -41,15 +42,21 @@ class Fp32Input(nn.Module):
 
     IPEX silently leaves a Linear in bf16 where its input is bf16 (seen 2026-11-22: 60 of 210 in
     SmolLM2 without pre-scale, which else makes the input fp32).
+
+    Attributes:
+        channels: `[copies]`, appended to the input, or None.
     """
 
-    def __init__(self, linear: nn.Module) -> None:
+    channels: Tensor | None
+
+    def __init__(self, linear: nn.Module, channels: Tensor | None) -> None:
         super().__init__()
         self.linear = linear
+        self.register_buffer("channels", channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features]` to `[..., out_features]`."""
-        output: Tensor = self.linear(x.float())
+        output: Tensor = self.linear(append_copies(x.float(), self.channels))
         return output
 
 
@@ -86,8 +93,11 @@ class IpexBackend(Backend):
         """Prepare, write the plan into IPEX's settings, convert, trace, freeze."""
         inputs = tracing_inputs(example)
         for name in plan.int8_names:
-            if plan.prescale_of(name) is None:
-                replace_module(model, name, Fp32Input(model.get_submodule(name)))
+            prescale = plan.prescale_of(name)
+            if prescale is None or prescale.divisor is None:
+                linear = smoothed_linear(model, name)
+                channels = None if prescale is None else prescale.channels
+                replace_module(model, name, Fp32Input(linear, channels))
         body = BodyForTracing(model.base_model).eval()  # type: ignore[arg-type]
         with quiet(), torch.no_grad(), _autocast(dtype):
             frozen = _graph(body, plan, inputs, str(model.base_model_prefix))

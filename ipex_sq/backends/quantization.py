@@ -135,7 +135,7 @@ def _quantize_with_plan(
     with _timed(seconds, "plan"):
         decided = plan(model, stats, config)
     with _timed(seconds, "smooth"):
-        change = apply_smoothing(model, decided, stats.example)
+        decided, change = apply_smoothing(model, decided, stats.example)
     if config.observer == "kl" and not isinstance(batches, ActStats):
         with _timed(seconds, "observe"):
             decided = decided.with_ranges(kl_ranges(model, decided, batches), "kl")

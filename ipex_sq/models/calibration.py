@@ -12,13 +12,18 @@ from torch import nn
 from tqdm import tqdm
 
 from ipex_sq.errors import CalibrationError
+from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import smoothed_linear
+from ipex_sq.models.running import run_body
 from ipex_sq.models.sampling import Batch, sample_groups, set_apart
-from ipex_sq.models.topology import find_topology, quantizable_linears
+from ipex_sq.models.topology import find_topology
 from ipex_sq.recipe.histograms import record_histograms
 from ipex_sq.recipe.observers import record_stats
 from ipex_sq.recipe.plan import STATIC_INT8, QuantPlan
 from ipex_sq.recipe.planning import ActStats
+
+PROBED_TOKENS = 32
+"""Of one text: enough to see who reads what, and the pass is run several times."""
 
 
 def calibrate(
@@ -31,7 +36,8 @@ def calibrate(
     """Run the float model over `batches` and record what its Linears are fed.
 
     Args:
-        model: Float model; it is not changed.
+        model: Float model; it computes what it did (Conv1D modules, GPT-2's transposed Linears,
+            become Linears).
         batches: Unpadded batches (padding would change the ranges).
         source: Where the texts came from, kept with the statistics.
         samples: Also run a few texts backward, as the search of alpha needs (`add_samples`).
@@ -44,16 +50,19 @@ def calibrate(
     rows = [_checked(batch) for batch in batches]
     if not rows:
         raise CalibrationError("there are no calibration batches: pass at least one text")
-    linears, _ = quantizable_linears(model)
+    convert_conv1d(model)
     example = {key: value[:1] for key, value in rows[0].items()}
-    topology = find_topology(model, example)
+    short = {key: value[:, :PROBED_TOKENS] for key, value in example.items()}
+    topology = find_topology(model, [short, *rows])
+    names = [name for group in topology.groups for name in group.readers]
+    linears = {name: model.get_submodule(name) for name in names}
     unsampled, sampled = set_apart(rows)
     with record_stats(linears) as recorder, torch.no_grad():
         for batch in _bar(unsampled, "calibrate"):
-            _run_body(model, batch)
+            run_body(model, batch)
         without_sampled = recorder.so_far()
         for batch in sampled:
-            _run_body(model, batch)
+            run_body(model, batch)
     stats = ActStats(
         linears=recorder.finish(),
         groups=topology.groups,
@@ -83,7 +92,7 @@ def kl_ranges(
     ranges = {name: _planned_range(plan, name) for name in linears}
     with record_histograms(linears, ranges) as histograms, torch.no_grad():
         for batch in _bar(batches, "kl histograms"):
-            _run_body(model, _checked(batch))
+            run_body(model, _checked(batch))
     return {name: histogram.kl_range() for name, histogram in histograms.items()}
 
 
@@ -92,13 +101,6 @@ def _planned_range(plan: QuantPlan, name: str) -> tuple[float, float]:
     assert activation is not None  # noqa: S101
     low = -activation.zero_point * activation.scale
     return low, low + 255 * activation.scale
-
-
-def _run_body(model: nn.Module, batch: Batch) -> None:
-    """Run only the base model: the head feeds no Linear that is quantized."""
-    body = getattr(model, "base_model", model)
-    options = {} if body is model else {"use_cache": False}
-    body(**batch, **options)
 
 
 def _checked(batch: Batch) -> Batch:

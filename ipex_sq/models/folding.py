@@ -1,8 +1,9 @@
 """Smoothing a float model in place, and the proof that it did not change.
 
-The scale of a smooth group goes into the norm that produced the tensor (fold) or becomes a
-multiplication in front of its Linears (pre-scale). Afterwards every Linear's output and the
-logits must equal those before, or `NumericalCheckError` names the group.
+The scale of a smooth group goes into the norm or Linear that produced the tensor (fold) or becomes
+a multiplication in front of its Linears (pre-scale). Afterwards every Linear's output and the
+logits must equal those before: a fold that fails becomes a pre-scale, and if that does not mend it
+`NumericalCheckError` names the Linear.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.errors import NumericalCheckError
-from ipex_sq.recipe.plan import FOLD, GroupPlan, PreScale, QuantPlan
+from ipex_sq.models.running import run_model
+from ipex_sq.recipe.plan import FOLD, GroupPlan, PreScale, QuantPlan, producer_scale
 from ipex_sq.recipe.splitting import append_copies, smoothed_weight
 
 EQUIVALENCE_TOLERANCE = 1e-3
@@ -33,22 +35,25 @@ class PreScaledLinear(nn.Module):
 
     Attributes:
         linear: Holds the smoothed weight, `[out_features, in_features + copies]`.
-        inverse_scale: `[in_features + copies]`, 1/s.
+        inverse_scale: `[in_features + copies]`, 1/s, or None where the producer has taken it.
         channels: `[copies]`, or None.
     """
 
-    inverse_scale: Tensor
+    inverse_scale: Tensor | None
     channels: Tensor | None
 
     def __init__(self, linear: nn.Linear, prescale: PreScale) -> None:
         super().__init__()
         self.linear = linear
-        self.register_buffer("inverse_scale", (1.0 / prescale.divisor).to(linear.weight.dtype))
+        divisor = prescale.divisor
+        inverse = None if divisor is None else (1.0 / divisor).to(linear.weight.dtype)
+        self.register_buffer("inverse_scale", inverse)
         self.register_buffer("channels", prescale.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features]` to `[..., out_features]`."""
-        output: Tensor = self.linear(append_copies(x, self.channels) * self.inverse_scale)
+        x = append_copies(x, self.channels)
+        output: Tensor = self.linear(x if self.inverse_scale is None else x * self.inverse_scale)
         return output
 
     @property
@@ -97,8 +102,12 @@ def fold_scale(norm: nn.Module, scale: Tensor, form: str) -> None:
             bias.div_(scale)
 
 
-def apply_smoothing(model: nn.Module, plan: QuantPlan, example: Mapping[str, Tensor]) -> float:
+def apply_smoothing(
+    model: nn.Module, plan: QuantPlan, example: Mapping[str, Tensor]
+) -> tuple[QuantPlan, float]:
     """Smooth `model` in place as `plan` says, and prove that it computes what it did.
+
+    A fold that changes an output is undone and replaced by a pre-scale.
 
     Args:
         model: Float model; its norms and Linears are changed.
@@ -106,19 +115,33 @@ def apply_smoothing(model: nn.Module, plan: QuantPlan, example: Mapping[str, Ten
         example: A calibration batch.
 
     Returns:
-        The largest relative change seen (0.0 where the plan smooths nothing).
+        The plan as it was carried out (failed folds say so in `fold_problem`), and the largest
+        relative change seen (0.0 where the plan smooths nothing).
 
     Raises:
-        NumericalCheckError: A Linear's output or the logits changed beyond `EQUIVALENCE_TOLERANCE`.
+        NumericalCheckError: A Linear's output or the logits changed beyond `EQUIVALENCE_TOLERANCE`,
+            and no fold is left that could be the cause.
     """
     smoothed = [item for item in plan.groups.values() if item.scale is not None]
     if not smoothed:
-        return 0.0
+        return plan, 0.0
     before = _outputs(model, plan, example)
     for item in smoothed:
         _smooth_group(model, plan, item)
-    after = _outputs(model, plan, example)
-    return _check_equal(before, after)
+    while True:
+        changes = _changes(before, _outputs(model, plan, example), plan)
+        failed = [name for name, change in changes.items() if not change <= EQUIVALENCE_TOLERANCE]
+        if not failed:
+            return plan, max(changes.values())
+        problem = f"the fold changed {failed[0]!r} by {changes[failed[0]]:.2g}"
+        suspect = _suspect(plan, failed[0])
+        if suspect is None:
+            raise NumericalCheckError(
+                f"smoothing changed {failed[0]!r} by {changes[failed[0]]:.2g} (relative; at most "
+                f"{EQUIVALENCE_TOLERANCE:g} is rounding): its smooth group is wrong. Nothing was "
+                "quantized; report the model"
+            )
+        plan = _undo_fold(model, plan, suspect, problem)
 
 
 def correct_biases(model: nn.Module, plan: QuantPlan) -> None:
@@ -138,23 +161,62 @@ def correct_biases(model: nn.Module, plan: QuantPlan) -> None:
 def _smooth_group(model: nn.Module, plan: QuantPlan, item: GroupPlan) -> None:
     assert item.scale is not None  # noqa: S101
     for name in item.group.readers:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)  # noqa: S101
+        linear = smoothed_linear(model, name)
         smoothed = smoothed_weight(linear.weight.detach(), item.scale, item.channels)
         linear.weight = nn.Parameter(smoothed, requires_grad=linear.weight.requires_grad)
         linear.in_features = smoothed.shape[1]
         prescale = plan.prescale_of(name)
         if prescale is not None:
             replace_module(model, name, PreScaledLinear(linear, prescale))
-    if item.placement == FOLD and item.group.producer is not None:
-        norm = model.get_submodule(item.group.producer)
-        form = fold_form(norm, item.scale.numel())
-        if form is None:
-            raise NumericalCheckError(
-                f"{item.group.producer!r} cannot take the scale of {item.group.key!r}: scaling "
-                "its weight does not scale its output"
-            )
-        fold_scale(norm, item.scale, form)
+    if item.placement == FOLD:
+        _scale_producer(model, item, 1)
+
+
+def _scale_producer(model: nn.Module, item: GroupPlan, sign: int) -> None:
+    """Divide the producer's output by the group's scale (`sign` 1), or undo it (-1)."""
+    assert item.scale is not None and item.group.producer is not None  # noqa: S101, PT018
+    if item.group.producer_channels is not None:
+        linear = smoothed_linear(model, item.group.producer)
+        divide_rows(linear, producer_scale(item, linear.out_features).pow(sign))
+        return
+    norm = model.get_submodule(item.group.producer)
+    form = fold_form(norm, item.scale.numel())
+    if form is None:
+        raise NumericalCheckError(
+            f"{item.group.producer!r} cannot take the scale of {item.group.key!r}: scaling "
+            "its weight does not scale its output"
+        )
+    fold_scale(norm, item.scale.pow(sign), form)
+
+
+def divide_rows(linear: nn.Linear, scale: Tensor) -> None:
+    """Divide the output of `linear` by `scale` `[out_features]`, in place."""
+    with torch.no_grad():
+        linear.weight.div_(scale[:, None])
+        if linear.bias is not None:
+            linear.bias.div_(scale)
+
+
+def _suspect(plan: QuantPlan, failed: str) -> str | None:
+    """The fold behind a changed output: of its own group, else the last one before it."""
+    folds = [key for key, item in plan.groups.items() if item.placement == FOLD]
+    own = plan.linears[failed].group if failed in plan.linears else ""
+    if own in folds:
+        return own
+    order = list(plan.groups)
+    earlier = order[: order.index(own)] if own in order else order
+    found = [key for key in folds if key in earlier]
+    return found[-1] if found else None
+
+
+def _undo_fold(model: nn.Module, plan: QuantPlan, key: str, problem: str) -> QuantPlan:
+    _scale_producer(model, plan.groups[key], -1)
+    plan = plan.without_fold(key, problem)
+    for name in plan.groups[key].group.readers:
+        prescale = plan.prescale_of(name)
+        assert prescale is not None  # noqa: S101
+        replace_module(model, name, PreScaledLinear(smoothed_linear(model, name), prescale))
+    return plan
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -173,7 +235,7 @@ def smoothed_linear(model: nn.Module, name: str) -> nn.Linear:
 
 def _outputs(model: nn.Module, plan: QuantPlan, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with _record_outputs(model, plan.int8_names) as outputs, torch.no_grad():
-        outputs["logits"] = model(**example, use_cache=False)[0]
+        outputs["logits"] = run_model(model, example)
     return outputs
 
 
@@ -195,18 +257,15 @@ def _record_outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Te
             handle.remove()
 
 
-def _check_equal(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    largest = 0.0
-    for name, wanted in before.items():  # in order of execution: the first one is the cause
-        change = _relative_change(wanted, after[name])
-        if not change <= EQUIVALENCE_TOLERANCE:
-            raise NumericalCheckError(
-                f"smoothing changed {name!r} by {change:.2g} (relative; at most "
-                f"{EQUIVALENCE_TOLERANCE:g} is rounding): its smooth group is wrong. Nothing was "
-                "quantized; report the model"
-            )
-        largest = max(largest, change)
-    return largest
+def _changes(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], plan: QuantPlan
+) -> dict[str, float]:
+    """Relative change of every output, in order of execution."""
+    changes = {}
+    for name, wanted in before.items():
+        scale = plan.output_scale(name, wanted.shape[-1])
+        changes[name] = _relative_change(wanted if scale is None else wanted / scale, after[name])
+    return changes
 
 
 def _relative_change(before: Tensor, after: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 from ipex_sq.config import EMBEDDED
 from ipex_sq.errors import CheckpointError, DataError, NumericalCheckError, UnsupportedModelError
 from ipex_sq.hub import hub_problem
+from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.embedded import embedded_folder
 
 
@@ -106,7 +107,7 @@ def skeleton(folder: Path, attention: str) -> nn.Module:
             )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: no model can be built: {_first_line(error)}") from error
-    return model.eval()
+    return convert_conv1d(model).eval()
 
 
 def _loading_error(name: str, error: OSError) -> DataError:

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from ipex_sq.models.running import run_model
 from ipex_sq.recipe.plan import SmoothGroup
 from ipex_sq.recipe.samples import GroupSample, record_samples
 
 SAMPLED_TEXTS = 8
 """On SmolLM2-135M 16 and 32 choose no better (docs/log.md)."""
 
-LARGEST_SAMPLED_SHARE = 0.25
-"""Of the texts; were it more, the others would say too little about the ranges."""
+TEXTS_PER_SAMPLED = 4
+"""At most one text in four is sampled; were it more, the others would say little about ranges."""
 
 Batch = Mapping[str, Tensor]
 """`input_ids` and `attention_mask`, both `[batch, tokens]`, without padding."""
@@ -42,7 +43,7 @@ def sample_groups(
     generator = torch.Generator().manual_seed(0)
     with record_samples(model, groups, tokens) as recorder, _only_activations(model):
         for text in tqdm(texts, desc="sample", unit="text", disable=None, leave=False):
-            logits = model(**text, use_cache=False)[0].float().flatten(end_dim=-2)
+            logits = run_model(model, text).float().flatten(end_dim=-2)
             recorder.predictions += logits.shape[0]
             drawn = draw_tokens(logits.detach().softmax(-1), generator)
             functional.cross_entropy(logits, drawn, reduction="sum").backward()
@@ -61,9 +62,9 @@ def draw_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def set_apart(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """The texts that are not sampled, batched, and those that are, where they are few enough."""
+    """The texts that are not sampled, batched, and those that are; a lone text is both."""
     counts = [batch["input_ids"].shape[0] for batch in batches]
-    if LARGEST_SAMPLED_SHARE * sum(counts) < SAMPLED_TEXTS:
+    if sum(counts) == 1:
         return list(batches), []
     sampled = set(_sampled_indices(sum(counts)))
     kept: list[Batch] = []
@@ -88,7 +89,7 @@ def _sampled_texts(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
 
 
 def _sampled_indices(texts: int) -> list[int]:
-    count = min(SAMPLED_TEXTS, texts)
+    count = min(SAMPLED_TEXTS, max(1, texts // TEXTS_PER_SAMPLED))
     return [index * texts // count for index in range(count)]
 
 

@@ -1,25 +1,28 @@
-"""Who reads what: smooth groups found by watching one forward pass.
+"""Who reads what: smooth groups found by watching a forward pass.
 
-No tracing and no table of architectures. While the model runs, every torch function call is
-seen: a Linear that reads a tensor joins the group of that tensor, and a norm's output that
-anything else reads (a residual, a router) cannot take a folded scale.
+A Linear that reads a tensor joins the group of that tensor. A norm that wrote it takes the
+smoothing scale, unless anything else reads the norm's output (a residual, a router); so does a
+Linear that wrote it through functions that pass a factor on (`probing.py`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from ipex_sq.errors import UnsupportedModelError
+from ipex_sq.errors import CalibrationError, UnsupportedModelError
 from ipex_sq.models.folding import fold_form
+from ipex_sq.models.probing import probe_channels
+from ipex_sq.models.running import run_model
+from ipex_sq.models.watching import Source, Watch, watch
 from ipex_sq.recipe.plan import SmoothGroup
+
+STACKED_DIMENSIONS = 3
+"""transformers 5 keeps the experts of a layer in one `[experts, out, in]` weight."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +33,11 @@ class Topology:
     float_reasons: Mapping[str, str]
 
 
-@dataclass
-class _Source:
-    """One tensor that Linears read."""
-
-    producer: str | None = None
-    readers: list[str] = field(default_factory=list)
-    other_reads: list[str] = field(default_factory=list)
-
-
 def quantizable_linears(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """Split the model's Linears into those that may become int8 and those that stay float.
 
-    The head (whatever stands outside the base model: lm_head, classifier) stays float, as does a
-    weight that two modules share.
+    The head (whatever stands outside the base model: lm_head, classifier) stays float, as do a
+    weight that two modules share and experts that are no Linears.
 
     Returns:
         Linears by path, and reasons by path.
@@ -69,6 +63,9 @@ def quantizable_linears(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[st
             reasons[name] = "weight shared with another module"
         else:
             linears[name] = module
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == STACKED_DIMENSIONS:
+            reasons[name] = "experts stacked in one weight"
     if not linears:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Linear layer to quantize below its head"
@@ -76,113 +73,70 @@ def quantizable_linears(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[st
     return linears, reasons
 
 
-def find_topology(model: nn.Module, example: Mapping[str, Tensor]) -> Topology:
-    """Find the smooth groups of `model` from one forward pass over `example`.
+def find_topology(model: nn.Module, examples: Sequence[Mapping[str, Tensor]]) -> Topology:
+    """Find the smooth groups of `model`.
+
+    Args:
+        model: Float model; it is not changed.
+        examples: Batches; one is enough unless the model routes tokens to experts. They are run
+            until every Linear was reached.
 
     Raises:
         UnsupportedModelError: Nothing to quantize.
+        CalibrationError: A Linear was never reached.
     """
     linears, reasons = quantizable_linears(model)
-    watch = _Watch(linears)
-    handles = [
-        module.register_forward_hook(watch.producer_hook(name))
-        for name, module in model.named_modules()
-        if _may_produce(module)
-    ]
-    try:
-        with torch.no_grad(), watch:
-            model(**example, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Topology(tuple(watch.groups(model)), reasons)
+    groups: dict[str, SmoothGroup] = {}
+    left = dict(linears)
+    for example in examples:
+        with torch.no_grad(), watch(model, linears) as seen:
+            run_model(model, example)
+        for router in seen.routers & left.keys():
+            reasons[router] = "router"
+            del left[router]
+        found = [group for group in _groups(model, seen) if set(group.readers) <= left.keys()]
+        candidates = _candidates(found, seen)
+        producers = probe_channels(model, example, candidates)
+        groups |= {group.key: _with_producer(group, producers) for group in found}
+        left = {name: left[name] for name in left if not any(name in g.readers for g in found)}
+        if not left:
+            return Topology(tuple(groups.values()), reasons)
+    raise CalibrationError(
+        f"{len(left)} Linear layer(s) were never reached, the first is {next(iter(left))!r}: "
+        "calibrate on more texts"
+    )
 
 
-def _may_produce(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    leaf = next(module.children(), None) is None
-    return leaf and isinstance(weight, Tensor) and weight.ndim == 1
+def _groups(model: nn.Module, seen: Watch) -> list[SmoothGroup]:
+    """The groups of one pass, in order of execution; only norms as producers."""
+    found: list[SmoothGroup] = []
+    done: set[str] = set(seen.routers)
+    for name, sources in seen.reads.items():
+        if name in done:
+            continue
+        repeated = len(sources) > 1
+        readers = [name] if repeated else _once(sources[0].readers, seen)
+        done.update(readers)
+        found.append(_group(model, tuple(readers), sources[0], repeated))
+    return found
 
 
-class _Watch(TorchFunctionMode):
-    """Sees every torch function and notes which tensors the Linears read."""
-
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
-        super().__init__()
-        self._names = {id(linear.weight): name for name, linear in linears.items()}
-        self._sources: dict[int, _Source] = {}
-        self._calls: dict[str, list[_Source]] = defaultdict(list)
-        self._alive: list[Tensor] = []  # an id is only a name while its tensor lives
-
-    def producer_hook(self, name: str) -> Callable[..., None]:
-        """A forward hook that notes the module's output as written by `name`."""
-
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                self._source(output).producer = name
-
-        return hook
-
-    def _source(self, tensor: Tensor) -> _Source:
-        if id(tensor) not in self._sources:
-            self._sources[id(tensor)] = _Source()
-            self._alive.append(tensor)
-        return self._sources[id(tensor)]
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func is torch.nn.functional.linear and id(_weight(args, kwargs)) in self._names:
-            name = self._names[id(_weight(args, kwargs))]
-            source = self._source(args[0] if args else kwargs["input"])
-            source.readers.append(name)
-            self._calls[name].append(source)
-        elif isinstance(output, Tensor | tuple | list):
-            self._note_reads(func, (args, kwargs), output)
-        return output
-
-    def _note_reads(self, func: Callable[..., Any], inputs: Any, output: Any) -> None:
-        if getattr(func, "__name__", "") == "__get__" and not isinstance(output, Tensor):
-            return  # .shape and the like
-        for leaf in pytree.tree_leaves(inputs):
-            source = self._sources.get(id(leaf)) if isinstance(leaf, Tensor) else None
-            if source is None:
-                continue
-            if isinstance(output, Tensor) and _is_view(output, leaf):
-                self._sources.setdefault(id(output), source)
-                self._alive.append(output)
-            elif not isinstance(output, torch.Size):
-                source.other_reads.append(getattr(func, "__name__", str(func)))
-
-    def groups(self, model: nn.Module) -> list[SmoothGroup]:
-        """The groups seen, in order of execution."""
-        found: list[SmoothGroup] = []
-        done: set[str] = set()
-        for name, sources in self._calls.items():
-            if name in done:
-                continue
-            repeated = len(sources) > 1
-            readers = [name] if repeated else _once(sources[0].readers, self._calls)
-            done.update(readers)
-            found.append(_group(model, tuple(readers), sources[0], repeated))
-        return found
-
-
-def _once(readers: list[str], calls: Mapping[str, list[_Source]]) -> list[str]:
-    return [name for name in dict.fromkeys(readers) if len(calls[name]) == 1]
+def _once(readers: list[str], seen: Watch) -> list[str]:
+    names = dict.fromkeys(readers)
+    return [name for name in names if len(seen.reads[name]) == 1 and name not in seen.routers]
 
 
 def _group(
-    model: nn.Module, readers: tuple[str, ...], source: _Source, repeated: bool
+    model: nn.Module, readers: tuple[str, ...], source: Source, repeated: bool
 ) -> SmoothGroup:
     if source.producer is None:
-        return SmoothGroup(readers, None, "no norm wrote the tensor")
+        return SmoothGroup(readers, None, "no module wrote the tensor channel by channel")
     features = model.get_submodule(readers[0]).in_features
     problem = ""
-    if repeated or set(source.readers) != set(readers):
+    if repeated:
         problem = "a Linear of the group runs several times"
+    elif set(source.readers) != set(readers):
+        problem = "the norm's output is also read by a Linear outside the group"
     elif source.other_reads:
         problem = f"the norm's output is also read by {source.other_reads[0]}"
     elif fold_form(model.get_submodule(source.producer), int(features)) is None:  # type: ignore[arg-type]
@@ -190,10 +144,23 @@ def _group(
     return SmoothGroup(readers, source.producer, problem)
 
 
-def _weight(args: Any, kwargs: Any) -> Any:
-    return args[1] if len(args) > 1 else kwargs.get("weight")
+def _candidates(groups: Sequence[SmoothGroup], seen: Watch) -> dict[str, list[str]]:
+    """By group key, Linears that may have written what the group reads, and nothing else reads."""
+    candidates = {}
+    for group in groups:
+        sources = seen.reads[group.key]
+        alone = len(sources) == 1 and set(sources[0].readers) == set(group.readers)
+        if group.producer is None and alone and not sources[0].other_reads:
+            writers = seen.writers(sources[0])
+            candidates[group.key] = [name for name in writers if len(seen.reads[name]) == 1]
+    return candidates
 
 
-def _is_view(output: Tensor, tensor: Tensor) -> bool:
-    same_storage = output.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    return same_storage and output.numel() == tensor.numel()
+def _with_producer(group: SmoothGroup, producers: Mapping[str, tuple[str, Tensor]]) -> SmoothGroup:
+    """The group with the Linear that can take its scale, where there is one of its own."""
+    if group.key not in producers:
+        return group
+    name, channels = producers[group.key]
+    if sum(other == name for other, _ in producers.values()) > 1:
+        return group
+    return SmoothGroup(group.readers, name, "", channels)

@@ -9,7 +9,7 @@ every channel exactly the range that calibration saw, and only other texts show 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -28,7 +28,7 @@ from ipex_sq.recipe.qparams import (
     weight_scale,
 )
 from ipex_sq.recipe.samples import GroupSample
-from ipex_sq.recipe.smoothing import column_absmax, smoothing_scale
+from ipex_sq.recipe.smoothing import column_absmax, shared_absmax, smoothing_scale
 from ipex_sq.recipe.splitting import append_copies, smoothed_weight, split_channels
 
 ALPHA_GRID = tuple(round(0.3 + 0.05 * step, 2) for step in range(15))
@@ -41,8 +41,9 @@ class GroupInputs:
 
     Attributes:
         stats: Range of its input.
-        unsampled_stats: The same without the texts that were sampled, or None: the search clips by
-            it as int8 will clip texts that calibration has not seen.
+        unsampled_stats: The same without the texts that were sampled, or None: by it the search
+            clips as int8 will clip texts that calibration has not seen.
+        producer_channels: As of the group: channels that share one producer channel share a scale.
         weights: `[out_i, in_features]` of its readers, fp32.
         copies: How many copies of outlier channels to make (`splitting.py`).
         sample: Of its tokens, for the search.
@@ -53,15 +54,17 @@ class GroupInputs:
     copies: int = 0
     sample: GroupSample | None = None
     unsampled_stats: LinearStats | None = None
+    producer_channels: Tensor | None = None
 
-    @property
-    def search_stats(self) -> LinearStats:
-        """The range that the search rounds by."""
-        return self.unsampled_stats or self.stats
+    def without_sampled_texts(self) -> GroupInputs:
+        """As if calibration had not seen the texts that were sampled: scale and range."""
+        return replace(self, stats=self.unsampled_stats or self.stats)
 
     def smoothing(self, alpha: float) -> tuple[Tensor, Tensor | None]:
         """Smoothing scale `[in_features]`, and the channels to split `[copies]` or None."""
-        scale = smoothing_scale(self.stats.act_absmax, self._columns, alpha)
+        activations = shared_absmax(self.stats.act_absmax, self.producer_channels)
+        columns = shared_absmax(self._columns, self.producer_channels)
+        scale = smoothing_scale(activations, columns, alpha)
         channels = split_channels(self._columns * scale, self.copies) if self.copies else None
         return scale, channels
 
@@ -130,7 +133,7 @@ def group_costs(
     inputs: GroupInputs, grid: Sequence[float | None], modes: Sequence[str] = (STATIC_INT8,)
 ) -> dict[str, list[float]]:
     """Expected KL divergence per prediction of one group's int8 Linears, by mode, at each alpha."""
-    sample = inputs.sample
+    inputs, sample = inputs.without_sampled_texts(), inputs.sample
     assert sample is not None  # noqa: S101
     stacked = torch.cat(list(inputs.weights))
     wanted = ((sample.inputs @ stacked.T) * sample.gradients).sum(dim=1)
@@ -142,7 +145,7 @@ def group_costs(
         steps = weight_scale(weight)
         weight_levels = quantize_weight(weight, steps)
         for mode in modes:
-            levels, zero_point, step = round_rows(rows, inputs.search_stats, scale, mode)
+            levels, zero_point, step = round_rows(rows, inputs.stats, scale, mode)
             sums = int8_sums(append_copies(levels, channels), zero_point, weight_levels)
             projected = sums.mul_(steps).mul_(step).mul_(sample.gradients).sum(dim=1)
             costs[mode].append(sample.expected_kl(projected - wanted))

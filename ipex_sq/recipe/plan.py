@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ipex_sq.errors import CheckpointError
@@ -31,13 +32,17 @@ class SmoothGroup:
 
     Attributes:
         readers: Module paths of the Linears; they share one smoothing scale.
-        producer: Module path of the norm that wrote the tensor, or None.
+        producer: Module path of the norm or Linear that wrote the tensor, or None.
         fold_problem: Why the scale cannot go into the producer; empty where it can.
+        producer_channels: `[in_features]`, the producer's output channel behind each channel of the
+            tensor, where the producer is a Linear; None where it is a norm. Channels with the same
+            producer channel (grouped-query attention) share one scale.
     """
 
     readers: tuple[str, ...]
     producer: str | None
     fold_problem: str = ""
+    producer_channels: Tensor | None = field(default=None, compare=False)
 
     @property
     def key(self) -> str:
@@ -48,6 +53,11 @@ class SmoothGroup:
     def foldable(self) -> bool:
         """Whether the producer can take the scale."""
         return self.producer is not None and not self.fold_problem
+
+    @property
+    def folds_into_norm(self) -> bool:
+        """Whether a norm takes the scale, so that nothing stands in front of the readers."""
+        return self.foldable and self.producer_channels is None
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class GroupPlan:
         placement: "fold" (into the producer), "prescale" (multiplied at run time) or "none".
         alpha: Migration strength used, or None.
         scale: `[in_features]` smoothing scale s, or None.
-        channels: `[copies]`, the channels of which a pre-scale makes copies, or None.
+        channels: `[copies]`, the channels of which copies are made at run time, or None.
         expected_kl: What int8 in this group is expected to cost, in nats of KL divergence per
             prediction; None where alpha was given and nothing was searched.
     """
@@ -99,11 +109,12 @@ class PreScale:
     """What happens to the input of a Linear at run time, before it is rounded.
 
     Attributes:
-        divisor: `[in_features + copies]`, divides the input with its copies.
+        divisor: `[in_features + copies]`, divides the input with its copies; None where the
+            producer has taken the scale.
         channels: `[copies]`, appended to the input first, or None.
     """
 
-    divisor: Tensor
+    divisor: Tensor | None
     channels: Tensor | None = None
 
 
@@ -162,9 +173,27 @@ class QuantPlan:
     def prescale_of(self, name: str) -> PreScale | None:
         """What happens to this Linear's input at run time, or None."""
         group = self.groups[self.linears[name].group]
-        if group.placement != PRESCALE or group.scale is None:
-            return None
-        return PreScale(append_copies(group.scale, group.channels), group.channels)
+        if group.placement == PRESCALE and group.scale is not None:
+            return PreScale(append_copies(group.scale, group.channels), group.channels)
+        return None if group.channels is None else PreScale(None, group.channels)
+
+    def output_scale(self, name: str, features: int) -> Tensor | None:
+        """`[features]` by which the rows of Linear `name` are divided as a producer, or None."""
+        for item in self.groups.values():
+            if item.placement == FOLD and item.group.producer == name:
+                return producer_scale(item, features)
+        return None
+
+    def without_fold(self, key: str, problem: str) -> QuantPlan:
+        """The same plan with a pre-scale in the place of one fold."""
+        item = self.groups[key]
+        linears = dict(self.linears)
+        producer = item.group.producer
+        if item.group.producer_channels is not None and producer in linears:
+            linears[producer] = _scaled_rows(linears[producer], item, -1)
+        group = replace(item.group, fold_problem=problem)
+        groups = {**self.groups, key: replace(item, group=group, placement=PRESCALE)}
+        return replace(self, linears=linears, groups=groups)
 
     def with_ranges(self, ranges: Mapping[str, tuple[float, float]], observer: str) -> QuantPlan:
         """The same plan with other activation ranges (of the smoothed inputs).
@@ -197,7 +226,9 @@ class QuantPlan:
             },
             "groups": {
                 key: {
-                    **asdict(item.group),
+                    "readers": item.group.readers,
+                    "producer": item.group.producer,
+                    "fold_problem": item.group.fold_problem,
                     "placement": item.placement,
                     "alpha": item.alpha,
                     "expected_kl": item.expected_kl,
@@ -222,6 +253,8 @@ class QuantPlan:
                 found[f"{key}.smoothing_scale"] = item.scale
             if item.channels is not None:
                 found[f"{key}.split_channels"] = item.channels
+            if item.group.producer_channels is not None:
+                found[f"{key}.producer_channels"] = item.group.producer_channels
         return {key: tensor.contiguous() for key, tensor in found.items()}
 
     @classmethod
@@ -253,6 +286,38 @@ class QuantPlan:
         return cls(alpha, observer, linears, groups, costs, calibration)
 
 
+def producer_scale(item: GroupPlan, features: int) -> Tensor:
+    """`[features]` by which the rows of the producing Linear are divided; 1 where nobody reads."""
+    assert item.scale is not None and item.group.producer_channels is not None  # noqa: S101, PT018
+    scale = torch.ones(features)
+    scale[item.group.producer_channels] = item.scale
+    return scale
+
+
+def fold_into_producers(
+    linears: Mapping[str, LinearPlan], groups: Mapping[str, GroupPlan]
+) -> dict[str, LinearPlan]:
+    """The plans of all Linears once producers have taken their groups' scales.
+
+    int8 levels of a row do not change when it is divided: its scale and its error do.
+    """
+    scaled = dict(linears)
+    for item in groups.values():
+        producer = item.group.producer
+        if item.placement == FOLD and item.group.producer_channels is not None:
+            assert producer is not None  # noqa: S101
+            scaled[producer] = _scaled_rows(scaled[producer], item, 1)
+    return scaled
+
+
+def _scaled_rows(linear: LinearPlan, item: GroupPlan, sign: int) -> LinearPlan:
+    if linear.weight_scale is None:
+        return linear
+    divisor = producer_scale(item, linear.weight_scale.numel()).pow(sign)
+    error = None if linear.output_error is None else linear.output_error / divisor
+    return replace(linear, weight_scale=linear.weight_scale / divisor, output_error=error)
+
+
 def _linear_plan(name: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> LinearPlan:
     if item["mode"] == FLOAT:
         return LinearPlan(FLOAT, reason=item["reason"])
@@ -265,7 +330,12 @@ def _linear_plan(name: str, item: dict[str, Any], tensors: Mapping[str, Tensor])
 
 
 def _group_plan(key: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> GroupPlan:
-    group = SmoothGroup(tuple(item["readers"]), item["producer"], item["fold_problem"])
+    group = SmoothGroup(
+        tuple(item["readers"]),
+        item["producer"],
+        item["fold_problem"],
+        tensors.get(f"{key}.producer_channels"),
+    )
     if item["placement"] == UNSMOOTHED:
         return GroupPlan(group)
     scale, channels = tensors[f"{key}.smoothing_scale"], tensors.get(f"{key}.split_channels")

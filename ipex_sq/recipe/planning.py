@@ -25,6 +25,7 @@ from ipex_sq.recipe.plan import (
     LinearPlan,
     QuantPlan,
     SmoothGroup,
+    fold_into_producers,
 )
 from ipex_sq.recipe.qparams import activation_qparams, weight_scale
 from ipex_sq.recipe.samples import GroupSample
@@ -124,7 +125,7 @@ def make_plan(stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding) 
     return QuantPlan(
         _alpha_of_model(search, wanted),
         "minmax",
-        linears,
+        fold_into_producers(linears, groups),
         groups,
         _costs_of_model(search, wanted),
         calibration,
@@ -160,13 +161,14 @@ def _inputs(
 ) -> GroupInputs:
     """What the group's plan is made of; channels are split where alpha is searched."""
     readers = [weights[name].detach().float() for name in group.readers]
-    splits = wanted.searches_alpha and not group.foldable
+    splits = wanted.searches_alpha and not group.folds_into_norm
     return GroupInputs(
         stats=stats.linears[group.key],
         weights=readers,
         copies=number_of_copies(readers[0].shape[1]) if splits else 0,
         sample=stats.samples.get(group.key),
         unsampled_stats=stats.unsampled.get(group.key),
+        producer_channels=group.producer_channels,
     )
 
 

@@ -34,3 +34,17 @@ def smoothing_scale(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> 
 def column_absmax(weights: Sequence[Tensor]) -> Tensor:
     """Largest absolute value `[in_features]` of each column over `[out_i, in_features]` weights."""
     return torch.stack([weight.detach().float().abs().amax(dim=0) for weight in weights]).amax(0)
+
+
+def shared_absmax(absmax: Tensor, producer_channels: Tensor | None) -> Tensor:
+    """Let channels that come from one channel of the producer have the same absmax.
+
+    Args:
+        absmax: `[in_features]`.
+        producer_channels: `[in_features]`, or None where every channel stands for itself.
+    """
+    if producer_channels is None:
+        return absmax
+    largest = absmax.new_zeros(int(producer_channels.max()) + 1)
+    largest.scatter_reduce_(0, producer_channels, absmax, "amax")
+    return largest[producer_channels]

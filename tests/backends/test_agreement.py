@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import INT8_BACKENDS, LANE, logits_of, relative_error
+from conftest import CORE_FAMILIES, INT8_BACKENDS, LANE, logits_of, relative_error
 
 from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.ipex import IpexBackend
@@ -15,7 +15,7 @@ from ipex_sq.config import QuantConfig
 from ipex_sq.errors import BackendUnavailableError, ConfigError
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing
-from ipex_sq.models.tiny import FAMILIES, tiny_model
+from ipex_sq.models.tiny import tiny_model
 from ipex_sq.recipe import mixing
 from ipex_sq.recipe.plan import DYNAMIC_INT8, PreScale
 from ipex_sq.recipe.qparams import activation_qparams
@@ -29,7 +29,7 @@ BF16_SHARE = 1.0
 
 @pytest.mark.parametrize("alpha", [None, 0.5, "auto"])
 @pytest.mark.parametrize("backend", INT8_BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE_FAMILIES)
 def test_agrees_with_reference(family, backend, alpha, batches, unseen):
     config = QuantConfig(alpha=alpha, backend="reference")
     wanted = logits_of(quantize(tiny_model(family), batches, config), unseen)

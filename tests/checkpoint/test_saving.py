@@ -2,18 +2,18 @@ import json
 
 import pytest
 import torch
-from conftest import INT8_BACKENDS, logits_of
+from conftest import CORE_FAMILIES, INT8_BACKENDS, logits_of
 
 from ipex_sq import load, save
 from ipex_sq.backends.quantization import quantize
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CheckpointError, ConfigError
-from ipex_sq.models.tiny import FAMILIES, tiny_model
+from ipex_sq.models.tiny import tiny_model
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", INT8_BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE_FAMILIES)
 def test_a_loaded_model_computes_the_same_bits(family, backend, dtype, batches, unseen, tmp_path):
     config = QuantConfig(alpha="auto", backend=backend, dtype=dtype)
     model = quantize(tiny_model(family), batches, config)

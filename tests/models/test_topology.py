@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import logits_of
 from torch import nn
 
 from ipex_sq.errors import UnsupportedModelError
@@ -8,20 +9,25 @@ from ipex_sq.models.topology import find_topology, quantizable_linears
 
 GROUPS = {
     "bloom": {("query_key_value",): True, ("dense",): False, ("dense_h_to_4h",): True},
-    "opt": {("q_proj", "k_proj", "v_proj"): True, ("out_proj",): False, ("fc1",): True},
+    "opt": {
+        ("q_proj", "k_proj", "v_proj"): True,
+        ("out_proj",): True,
+        ("fc1",): True,
+        ("fc2",): True,
+    },
     "llama": {
         ("q_proj", "k_proj", "v_proj"): True,
-        ("o_proj",): False,
+        ("o_proj",): True,
         ("gate_proj", "up_proj"): True,
-        ("down_proj",): False,
+        ("down_proj",): True,
     },
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GROUPS)
 def test_groups_and_their_producers(family, batches):
     model = tiny_model(family)
-    topology = find_topology(model, batches[0])
+    topology = find_topology(model, batches[:1])
     found = {
         tuple(sorted(name.split(".")[-1] for name in group.readers)): not group.fold_problem
         for group in topology.groups
@@ -33,9 +39,59 @@ def test_groups_and_their_producers(family, batches):
     assert topology.float_reasons == {"lm_head": "output head"}
 
 
-def test_no_hook_is_left(batches):
-    model = tiny_model("llama")
-    find_topology(model, batches[0])
+@pytest.mark.parametrize(
+    ("family", "reader", "producer"),
+    [
+        ("llama", "self_attn.o_proj", "self_attn.v_proj"),
+        ("llama", "mlp.down_proj", "mlp.up_proj"),
+        ("gemma2", "mlp.down_proj", "mlp.up_proj"),
+        ("opt", "fc2", "fc1"),
+        ("gptj", "attn.out_proj", "attn.v_proj"),
+        ("bert", "attention.output.dense", "attention.self.value"),
+    ],
+)
+def test_linears_that_take_the_scale_of_their_reader(family, reader, producer, batches):
+    groups = find_topology(tiny_model(family), batches[:1]).groups
+    found = {g.key: g for g in groups if g.key.endswith(reader)}
+    assert found
+    for key, group in found.items():
+        assert group.producer == key.removesuffix(reader) + producer
+        assert group.foldable
+
+
+def test_heads_that_share_values_share_producer_channels(batches):
+    groups = find_topology(tiny_model("llama"), batches[:1]).groups
+    (group, *_) = [g for g in groups if g.key.endswith("o_proj")]
+    # Two value heads of 16 channels, each read by two of the four query heads.
+    first, second = torch.arange(16), torch.arange(16, 32)
+    assert torch.equal(group.producer_channels, torch.cat((first, first, second, second)))
+
+
+@pytest.mark.parametrize("family", ["bloom", "gpt2", "phi"])
+def test_gelu_and_fused_qkv_pass_no_scale_on(family, batches):
+    """A GELU bends what it is given, and a fused projection holds keys and queries as well."""
+    for group in find_topology(tiny_model(family), batches[:1]).groups:
+        assert group.producer_channels is None or group.producer.endswith("v_proj")
+
+
+def test_experts_fold_inside_themselves_and_their_router_stays_float(batches):
+    model = tiny_model("mixtral")
+    topology = find_topology(model, batches)
+    kinds = set(topology.float_reasons.values())
+    assert kinds in ({"output head", "router"}, {"output head", "experts stacked in one weight"})
+    for name, reason in topology.float_reasons.items():
+        assert (reason == "router") == name.endswith("block_sparse_moe.gate")
+    for group in topology.groups:
+        if group.key.endswith("w2"):
+            assert group.producer == group.key.replace("w2", "w3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_watching_and_probing_leave_the_model_alone(family, batches):
+    model = tiny_model(family)
+    before = logits_of(model, batches[0])
+    find_topology(model, batches[:1])
+    assert torch.equal(logits_of(model, batches[0]), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -51,9 +107,31 @@ class _Block(nn.Module):
         return (self.linear(y) + y if self.residual else self.linear(y),)
 
 
+class _Gated(nn.Module):
+    """up and down with a product between them; `leak` lets the output of up past down."""
+
+    def __init__(self, leak):
+        super().__init__()
+        self.gate, self.up = nn.Linear(8, 12), nn.Linear(8, 12)
+        self.down, self.leak = nn.Linear(12, 8), leak
+
+    def forward(self, x):
+        up = self.up(x)
+        y = self.down(torch.sigmoid(self.gate(x)) * up)
+        return (y + up[..., :8] if self.leak else y,)
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_a_producer_that_something_else_reads_cannot_fold(leak):
+    groups = find_topology(_Gated(leak), [{"x": torch.randn(2, 8)}]).groups
+    (group,) = [group for group in groups if group.key == "down"]
+    assert group.foldable is not leak
+    assert group.producer == (None if leak else "up")
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_norm_that_a_residual_reads_cannot_fold(residual):
-    (group,) = find_topology(_Block(residual), {"x": torch.randn(2, 8)}).groups
+    (group,) = find_topology(_Block(residual), [{"x": torch.randn(2, 8)}]).groups
     assert group.producer == "norm"
     assert bool(group.fold_problem) is residual
 

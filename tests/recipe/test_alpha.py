@@ -104,4 +104,14 @@ def test_the_search_rounds_by_the_range_of_the_texts_that_are_not_sampled():
     narrow = LinearStats(group.stats.minimum / 4, group.stats.maximum / 4)
     clipping = replace(group, unsampled_stats=narrow)
     assert costs_of(clipping, [0.5])[0] > 4 * costs_of(group, [0.5])[0]
-    assert costs_of(clipping, [0.5], DYNAMIC_INT8) == costs_of(group, [0.5], DYNAMIC_INT8)
+
+
+def test_a_channel_that_only_sampled_texts_use_is_clipped_in_the_search():
+    """At alpha 1 every channel fills the range, and a new maximum has no room: it must show."""
+    group = _group(0, outlier=1.0)
+    smaller = torch.ones(32)
+    smaller[5] = 1 / 3
+    stats = LinearStats(group.stats.minimum * smaller, group.stats.maximum * smaller)
+    low, high = costs_of(replace(group, unsampled_stats=stats), [0.5, 1.0])
+    assert high > 10 * low
+    assert costs_of(group, [1.0])[0] < low

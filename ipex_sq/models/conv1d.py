@@ -1,0 +1,27 @@
+"""GPT-2's Conv1D is a Linear with a transposed weight; as a Linear the rest need not know it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def convert_conv1d(model: nn.Module) -> nn.Module:
+    """Replace every Conv1D of `model` by the Linear that computes the same, in place."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _linear(module))
+    return model
+
+
+def _linear(conv: nn.Module) -> nn.Linear:
+    weight, bias = conv.weight, conv.bias
+    assert isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)  # noqa: S101, PT018
+    inputs, outputs = weight.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
+    linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
+    linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
