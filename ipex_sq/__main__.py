@@ -5,11 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ipex_sq.cli import benchmark, eval_lambada
+from ipex_sq.cli import benchmark, eval_lambada, families, plant_outliers
 from ipex_sq.cli.running import run
 from ipex_sq.errors import unknown_name
 
-COMMANDS = {"eval_lambada": eval_lambada.command, "benchmark": benchmark.command}
+COMMANDS = {
+    "eval_lambada": eval_lambada.command,
+    "benchmark": benchmark.command,
+    "plant_outliers": plant_outliers.command,
+    "families": families.command,
+}
 
 USAGE = f"usage: python -m ipex_sq {{{','.join(COMMANDS)}}} [flags]; each takes --help\n"
 

@@ -16,7 +16,7 @@ AUTO, AUTO_GLOBAL = "auto", "auto-global"
 """Alpha searched for each smooth group, or one for the model."""
 
 BACKENDS = ("ipex", "native", "inc", "reference")
-OBSERVERS = ("minmax", "kl")
+OBSERVERS = ("minmax", "percentile", "mse", "kl")
 STATIC, DYNAMIC, MIXED = "static", "dynamic", "mixed"
 ACTIVATIONS = (STATIC, DYNAMIC, MIXED)
 PRECISIONS = ("fp32", "bf16")
@@ -79,7 +79,16 @@ class QuantConfig:
         "by the change of the predictions, 'auto-global' to choose one for the model",
         type=parse_alpha,
     )
-    observer: str = _setting("minmax", "activation range", choices=OBSERVERS)
+    observer: str = _setting(
+        "minmax",
+        "range of static activations: minmax, or clipped after a second pass over the smoothed "
+        "model: to a percentile of the values, to the least squared error, or to the least KL "
+        "divergence",
+        choices=OBSERVERS,
+    )
+    percentile: float = _setting(
+        99.99, "share of the values that --observer percentile keeps, in percent", type=float
+    )
     activations: str | None = _setting(
         None,
         "how inputs are rounded: static (per tensor), dynamic (per token), or mixed: per token "
@@ -103,6 +112,8 @@ class QuantConfig:
         elif self.alpha is not None:
             check_alpha(self.alpha)
         _check_choice("observer", self.observer, OBSERVERS)
+        if not 50.0 < self.percentile <= 100.0:
+            raise ConfigError(f"percentile must lie between 50 and 100, not {self.percentile}")
         _check_choice("backend", self.backend, (*BACKENDS, "auto"))
         if self.activations is not None:
             _check_choice("activations", self.activations, ACTIVATIONS)
@@ -182,6 +193,22 @@ class ModelConfig:
     trust_remote_code: bool = _setting(
         False, "run code that comes with the model", action="store_true"
     )
+
+
+@dataclass(frozen=True)
+class PlantConfig:
+    """Outlier channels planted into a model."""
+
+    channels: int = _setting(4, "channels of every norm", type=int)
+    factor: float = _setting(
+        64.0, "how much larger they become; a power of two keeps every bit", type=float
+    )
+    seed: int = _setting(42, "seed that draws the channels", type=int)
+
+    def __post_init__(self) -> None:
+        _check_positive("channels", self.channels)
+        if not (math.isfinite(self.factor) and self.factor > 0.0):
+            raise ConfigError(f"factor must be a positive number, not {self.factor}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ipex_sq.backends.inc import DEFAULT_ALPHA, IncBackend
 from ipex_sq.backends.registry import Choice, choose_backend
 from ipex_sq.config import MIXED, STATIC, QuantConfig
 from ipex_sq.errors import ConfigError
-from ipex_sq.models.calibration import calibrate, kl_ranges
+from ipex_sq.models.calibration import calibrate, clipped_ranges
 from ipex_sq.models.folding import apply_smoothing, correct_biases
 from ipex_sq.models.sampling import Batch
 from ipex_sq.recipe.plan import QuantPlan
@@ -136,9 +136,10 @@ def _quantize_with_plan(
         decided = plan(model, stats, config)
     with _timed(seconds, "smooth"):
         decided, change = apply_smoothing(model, decided, stats.example)
-    if config.observer == "kl" and not isinstance(batches, ActStats):
+    if config.observer != "minmax" and not isinstance(batches, ActStats):
         with _timed(seconds, "observe"):
-            decided = decided.with_ranges(kl_ranges(model, decided, batches), "kl")
+            ranges = clipped_ranges(model, decided, batches, config)
+            decided = decided.with_ranges(ranges, config.observer)
     correct_biases(model, decided)
     with _timed(seconds, "lower"):
         lowered = backend.lower(model, decided, stats.example, dtype)

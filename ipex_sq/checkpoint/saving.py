@@ -22,6 +22,7 @@ from ipex_sq.models.body import ReplacedBody, replace_body
 from ipex_sq.models.folding import replace_module
 from ipex_sq.models.loading import skeleton
 from ipex_sq.recipe.plan import QuantPlan
+from ipex_sq.recipe.plan_files import plan_from_json, plan_tensors, plan_to_json
 from ipex_sq.system import package_versions
 
 WEIGHTS = "model.safetensors"
@@ -55,8 +56,8 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         config.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        (scratch / PLAN_JSON).write_text(plan.to_json() + "\n", encoding="utf-8")
-        save_file(plan.tensors(), scratch / PLAN_TENSORS)
+        (scratch / PLAN_JSON).write_text(plan_to_json(plan) + "\n", encoding="utf-8")
+        save_file(plan_tensors(plan), scratch / PLAN_TENSORS)
         if kind == IpexBackend.name:
             body: Any = model.base_model
             torch.jit.save(body.run, str(scratch / GRAPH))
@@ -101,7 +102,7 @@ def load_plan(folder: Path) -> QuantPlan:
         text = (folder / PLAN_JSON).read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder / PLAN_JSON} cannot be read: {error.strerror}") from error
-    return QuantPlan.from_json(text, _read_tensors(folder / PLAN_TENSORS))
+    return plan_from_json(text, _read_tensors(folder / PLAN_TENSORS))
 
 
 def _kind(model: nn.Module) -> str | None:

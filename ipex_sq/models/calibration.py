@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CalibrationError
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import smoothed_linear
@@ -84,16 +85,19 @@ def add_samples(model: nn.Module, stats: ActStats, batches: Sequence[Batch]) -> 
     return replace(stats, samples=samples, seconds=stats.seconds + time.perf_counter() - start)
 
 
-def kl_ranges(
-    model: nn.Module, plan: QuantPlan, batches: Sequence[Batch]
+def clipped_ranges(
+    model: nn.Module, plan: QuantPlan, batches: Sequence[Batch], config: QuantConfig
 ) -> dict[str, tuple[float, float]]:
-    """Second pass, over the smoothed model: the KL range of every int8 Linear's input."""
+    """Second pass, over the smoothed model: the clipped range of every static Linear's input."""
     linears = {name: smoothed_linear(model, name) for name in plan.names(STATIC_INT8)}
     ranges = {name: _planned_range(plan, name) for name in linears}
     with record_histograms(linears, ranges) as histograms, torch.no_grad():
-        for batch in _bar(batches, "kl histograms"):
+        for batch in _bar(batches, f"{config.observer} histograms"):
             run_body(model, _checked(batch))
-    return {name: histogram.kl_range() for name, histogram in histograms.items()}
+    return {
+        name: histogram.clipped(config.observer, config.percentile)
+        for name, histogram in histograms.items()
+    }
 
 
 def _planned_range(plan: QuantPlan, name: str) -> tuple[float, float]:

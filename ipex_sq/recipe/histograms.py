@@ -1,4 +1,4 @@
-"""The KL observer: clip the activation range where clipping costs the least information.
+"""Observers that clip: percentile, least squared error, least KL divergence.
 
 A second pass over the smoothed model fills one histogram per Linear; its range is known from the
 first pass, so the bins never move.
@@ -15,10 +15,18 @@ from torch import Tensor, nn
 BINS = 2048
 COARSE_BINS = 128
 CANDIDATE_STEP = 16
+LEVELS = 127
+"""Of |x|: half of an activation's 255."""
 
 
 class Histogram:
-    """Counts of |x| over [0, absmax] in `BINS` equal bins, for one Linear's input."""
+    """Counts of |x| in one Linear's input.
+
+    Attributes:
+        counts: `[BINS]`, of |x| in equal bins over [0, absmax].
+        minimum: Smallest value, known from the first pass.
+        maximum: Largest value.
+    """
 
     def __init__(self, minimum: float, maximum: float) -> None:
         self.minimum, self.maximum = minimum, maximum
@@ -29,10 +37,45 @@ class Histogram:
         """Count an input `[..., in_features]`."""
         self.counts += torch.histc(x.detach().float().abs(), bins=BINS, min=0, max=self.absmax)
 
-    def kl_range(self) -> tuple[float, float]:
-        """The range, clipped symmetrically to the threshold of least KL divergence."""
-        threshold = self.absmax * kl_threshold_bins(self.counts) / BINS
+    def clipped(self, observer: str, percentile: float) -> tuple[float, float]:
+        """The range, clipped symmetrically as the observer says.
+
+        Args:
+            observer: "percentile", "mse" or "kl".
+            percentile: Share of the values to keep, in percent; only "percentile" uses it.
+        """
+        if observer == "percentile":
+            kept = percentile_bins(self.counts, percentile)
+        elif observer == "mse":
+            kept = mse_bins(self.counts)
+        else:
+            kept = kl_threshold_bins(self.counts)
+        threshold = self.absmax * kept / BINS
         return max(self.minimum, -threshold), min(self.maximum, threshold)
+
+
+def percentile_bins(counts: Tensor, percentile: float) -> int:
+    """Number of leading bins that hold `percentile` percent of the values."""
+    cumulative = counts.double().cumsum(dim=0)
+    wanted = cumulative[-1] * percentile / 100.0
+    return min(int(torch.searchsorted(cumulative, wanted)) + 1, BINS)
+
+
+def mse_bins(counts: Tensor) -> int:
+    """Number of leading bins to keep for the least squared error.
+
+    What is kept is rounded to `LEVELS` steps, evenly distributed within one; what is not is off by
+    its distance to the threshold.
+    """
+    centres = (torch.arange(BINS) + 0.5).double()
+    counts = counts.double()
+    best, least = BINS, float("inf")
+    for kept in range(COARSE_BINS, BINS + 1, CANDIDATE_STEP):
+        rounding = counts[:kept].sum() * (kept / LEVELS) ** 2 / 12
+        clipping = (counts[kept:] * (centres[kept:] - kept) ** 2).sum()
+        if float(rounding + clipping) < least:
+            best, least = kept, float(rounding + clipping)
+    return best
 
 
 def kl_threshold_bins(counts: Tensor) -> int:

@@ -5,20 +5,16 @@ Backends execute a plan and decide nothing. A plan file reproduces a run without
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ipex_sq.errors import CheckpointError
 from ipex_sq.recipe.qparams import ActivationQParams, activation_qparams
 from ipex_sq.recipe.splitting import append_copies
-
-PLAN_VERSION = 3
 
 STATIC_INT8 = "static_int8"
 DYNAMIC_INT8 = "dynamic_int8"
@@ -127,7 +123,7 @@ class QuantPlan:
             SmoothQuant.
         alpha_kl: Expected KL divergence per prediction for each alpha that the search tried, were
             it used for all groups.
-        observer: "minmax" or "kl".
+        observer: "minmax", "percentile", "mse" or "kl".
         linears: By module path.
         groups: By group key.
         calibration: Texts and tokens behind the statistics, and where they came from.
@@ -207,84 +203,6 @@ class QuantPlan:
             )
         return replace(self, linears=linears, observer=observer)
 
-    def to_json(self) -> str:
-        """Everything but the tensors, as JSON."""
-        document = {
-            "version": PLAN_VERSION,
-            "alpha": self.alpha,
-            "alpha_kl": {str(alpha): cost for alpha, cost in self.alpha_kl.items()},
-            "observer": self.observer,
-            "calibration": dict(self.calibration),
-            "linears": {
-                name: {
-                    "mode": item.mode,
-                    "reason": item.reason,
-                    "group": item.group,
-                    "activation": asdict(item.activation) if item.activation else None,
-                }
-                for name, item in self.linears.items()
-            },
-            "groups": {
-                key: {
-                    "readers": item.group.readers,
-                    "producer": item.group.producer,
-                    "fold_problem": item.group.fold_problem,
-                    "placement": item.placement,
-                    "alpha": item.alpha,
-                    "expected_kl": item.expected_kl,
-                }
-                for key, item in self.groups.items()
-            },
-        }
-        return json.dumps(document, indent=1)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the plan under a unique key, for safetensors."""
-        found = {
-            f"{name}.weight_scale": item.weight_scale
-            for name, item in self.linears.items()
-            if item.weight_scale is not None
-        }
-        for name, linear in self.linears.items():
-            if linear.output_error is not None:
-                found[f"{name}.output_error"] = linear.output_error
-        for key, item in self.groups.items():
-            if item.scale is not None:
-                found[f"{key}.smoothing_scale"] = item.scale
-            if item.channels is not None:
-                found[f"{key}.split_channels"] = item.channels
-            if item.group.producer_channels is not None:
-                found[f"{key}.producer_channels"] = item.group.producer_channels
-        return {key: tensor.contiguous() for key, tensor in found.items()}
-
-    @classmethod
-    def from_json(cls, text: str, tensors: Mapping[str, Tensor]) -> QuantPlan:
-        """Inverse of `to_json` and `tensors`.
-
-        Raises:
-            CheckpointError: The text is no plan, of another version, or a tensor is missing.
-        """
-        try:
-            document = json.loads(text)
-            if document["version"] != PLAN_VERSION:
-                raise CheckpointError(
-                    f"the plan has version {document['version']}, this ipex_sq reads "
-                    f"{PLAN_VERSION}: quantize the model again"
-                )
-            linears = {
-                name: _linear_plan(name, item, tensors)
-                for name, item in document["linears"].items()
-            }
-            groups = {
-                key: _group_plan(key, item, tensors) for key, item in document["groups"].items()
-            }
-            costs = {float(alpha): value for alpha, value in document["alpha_kl"].items()}
-            calibration = document["calibration"]
-            alpha, observer = document["alpha"], document["observer"]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"not a quantization plan: {error!r}") from error
-        return cls(alpha, observer, linears, groups, costs, calibration)
-
 
 def producer_scale(item: GroupPlan, features: int) -> Tensor:
     """`[features]` by which the rows of the producing Linear are divided; 1 where nobody reads."""
@@ -316,29 +234,3 @@ def _scaled_rows(linear: LinearPlan, item: GroupPlan, sign: int) -> LinearPlan:
     divisor = producer_scale(item, linear.weight_scale.numel()).pow(sign)
     error = None if linear.output_error is None else linear.output_error / divisor
     return replace(linear, weight_scale=linear.weight_scale / divisor, output_error=error)
-
-
-def _linear_plan(name: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> LinearPlan:
-    if item["mode"] == FLOAT:
-        return LinearPlan(FLOAT, reason=item["reason"])
-    activation = ActivationQParams(**item["activation"]) if item["activation"] else None
-    if (activation is None) != (item["mode"] == DYNAMIC_INT8):
-        raise CheckpointError(f"not a quantization plan: {name!r} lacks its activation range")
-    scale = tensors[f"{name}.weight_scale"]
-    error = tensors.get(f"{name}.output_error")
-    return LinearPlan(item["mode"], item["reason"], item["group"], activation, scale, error)
-
-
-def _group_plan(key: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> GroupPlan:
-    group = SmoothGroup(
-        tuple(item["readers"]),
-        item["producer"],
-        item["fold_problem"],
-        tensors.get(f"{key}.producer_channels"),
-    )
-    if item["placement"] == UNSMOOTHED:
-        return GroupPlan(group)
-    scale, channels = tensors[f"{key}.smoothing_scale"], tensors.get(f"{key}.split_channels")
-    return GroupPlan(
-        group, item["placement"], item["alpha"], scale, channels, expected_kl=item["expected_kl"]
-    )

@@ -18,6 +18,7 @@ from ipex_sq.models.folding import apply_smoothing
 from ipex_sq.models.tiny import tiny_model
 from ipex_sq.recipe import mixing
 from ipex_sq.recipe.plan import DYNAMIC_INT8, PreScale
+from ipex_sq.recipe.plan_files import plan_to_json
 from ipex_sq.recipe.qparams import activation_qparams
 
 # In fp32 only rounding ties differ (a level is 1/255 of the range): well under one level.
@@ -46,7 +47,7 @@ def test_agrees_with_reference_per_token(monkeypatch, alpha, activations, batche
         config = QuantConfig(alpha=alpha, activations=activations, backend=backend, dtype="fp32")
         models[backend] = quantize(tiny_model("llama"), batches, config)
     decided = models["native"].quant_plan
-    assert decided.to_json() == models["reference"].quant_plan.to_json()
+    assert plan_to_json(decided) == plan_to_json(models["reference"].quant_plan)
     assert decided.names(DYNAMIC_INT8)
     if activations == "mixed":
         assert len(decided.names(DYNAMIC_INT8)) <= 0.1 * len(decided.int8_names)
@@ -75,10 +76,11 @@ def test_padding_does_not_change_real_positions(backend, batches, unseen):
     assert relative_error(got, logits_of(model, unseen)) < FP32_BOUND
 
 
-def test_kl_observer_runs_and_is_recorded(batches, unseen):
-    config = QuantConfig(observer="kl", backend="native", dtype="fp32")
+@pytest.mark.parametrize("observer", ["percentile", "mse", "kl"])
+def test_observers_that_clip_run_and_are_recorded(observer, batches, unseen):
+    config = QuantConfig(observer=observer, backend="reference")
     quantized = quantize_model(tiny_model("llama"), batches, config)
-    assert quantized.plan.observer == "kl"
+    assert quantized.plan.observer == observer
     assert torch.isfinite(logits_of(quantized.model, unseen)).all()
 
 

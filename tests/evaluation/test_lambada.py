@@ -15,7 +15,7 @@ from ipex_sq.evaluation.lambada import (
     paired_difference,
 )
 from ipex_sq.models.body import logits_at
-from ipex_sq.models.tiny import FAMILIES, tiny_model
+from ipex_sq.models.tiny import DECODERS, tiny_model
 
 DOCUMENTS = [split_last_word(text, "test") for text in TEXTS] + [
     Document("the cat sat on", " the old mat"),
@@ -36,7 +36,7 @@ def _by_hand(model, tokenizer, document):
     return all(greedy), greedy[-1], log
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_equals_the_definition_one_document_at_a_time(family, tokenizer):
     model = tiny_model(family)
     result = evaluate_lambada(model, tokenizer, DOCUMENTS, EvaluationConfig(batch_size=3))

@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from ipex_sq.errors import CalibrationError
-from ipex_sq.recipe.histograms import BINS, Histogram, kl_threshold_bins
+from ipex_sq.recipe.histograms import BINS, Histogram, kl_threshold_bins, mse_bins, percentile_bins
 from ipex_sq.recipe.observers import record_stats
+from ipex_sq.recipe.qparams import activation_qparams, fake_quantize_activation
 
 
 def _layers():
@@ -62,11 +63,48 @@ def test_kl_clips_a_lone_outlier_and_keeps_a_uniform_range():
     bulk = torch.randn(100_000, generator=generator)
     lone = Histogram(-5.0, 200.0)
     lone.add(torch.cat([bulk, torch.tensor([200.0])]))
-    assert lone.kl_range()[1] < 100
+    assert lone.clipped("kl", 100.0)[1] < 100
     even = Histogram(0.0, 1.0)
     even.add(torch.rand(100_000, generator=generator))
-    assert even.kl_range()[1] > 0.9
+    assert even.clipped("kl", 100.0)[1] > 0.9
 
 
 def test_kl_threshold_stays_within_its_bins():
     assert kl_threshold_bins(torch.zeros(BINS)) <= BINS
+
+
+@pytest.mark.parametrize("percentile", [60.0, 99.0, 99.9])
+def test_a_percentile_keeps_that_share_of_the_values(percentile):
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    histogram = Histogram(float(x.min()), float(x.max()))
+    histogram.add(x)
+    low, high = histogram.clipped("percentile", percentile)
+    kept = float(((x >= low) & (x <= high)).float().mean()) * 100
+    # A bin is 1/2048 of the range and holds at most 0.2 % of a normal distribution.
+    assert percentile <= kept + 1e-6 <= percentile + 0.25
+    assert percentile_bins(histogram.counts, 100.0) == BINS
+
+
+def test_mse_takes_the_range_of_least_squared_error():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100_000, generator=generator)
+    x[:20] *= 30  # a few values far out
+    histogram = Histogram(float(x.min()), float(x.max()))
+    histogram.add(x)
+
+    def error(limit):
+        qparams = activation_qparams(-limit, limit)
+        return float((fake_quantize_activation(x, qparams) - x).square().mean())
+
+    chosen = histogram.absmax * mse_bins(histogram.counts) / BINS
+    tried = [error(float(limit)) for limit in torch.linspace(0.1, 1.0, 40) * histogram.absmax]
+    assert chosen < 0.9 * histogram.absmax
+    assert error(chosen) < 1.1 * min(tried)
+
+
+def test_an_expert_that_gets_no_token_in_a_batch_keeps_its_statistics():
+    linear = torch.nn.Linear(3, 2)
+    with record_stats({"expert": linear}) as recorder:
+        linear(torch.ones(4, 3))
+        linear(torch.empty(0, 3))
+    assert recorder.finish()["expert"].maximum.tolist() == [1.0] * 3
