@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ipex_sq.cli import benchmark, eval_lambada, families, plant_outliers
+from ipex_sq.cli import benchmark, eval_lambada, families, plant_outliers, sensitivity
 from ipex_sq.cli.running import run
 from ipex_sq.errors import unknown_name
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "eval_lambada": eval_lambada.command,
     "benchmark": benchmark.command,
     "plant_outliers": plant_outliers.command,
+    "sensitivity": sensitivity.command,
     "families": families.command,
 }
 

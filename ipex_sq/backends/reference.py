@@ -60,15 +60,24 @@ class ReferenceBackend(Backend):
         """Replace every planned Linear by its simulation; a pre-scale stays a multiplication."""
         del example
         for name in plan.int8_names:
-            item = plan.linears[name]
-            assert item.weight_scale is not None  # noqa: S101
-            linear = smoothed_linear(model, name)
-            simulated = SimulatedInt8Linear(linear, item.weight_scale, item.activation)
-            inner = linear is not model.get_submodule(name)
-            replace_module(model, f"{name}.linear" if inner else name, simulated)
+            simulate_linear(model, plan, name)
         if dtype == "fp32":
             return model
         return _cast_float_modules(model, dtype)
+
+
+def simulate_linear(model: nn.Module, plan: QuantPlan, name: str) -> str:
+    """Put the simulation of one planned Linear into `model`.
+
+    Returns:
+        The path where it stands: that of the Linear, or inside of its pre-scale.
+    """
+    item = plan.linears[name]
+    assert item.weight_scale is not None  # noqa: S101
+    linear = smoothed_linear(model, name)
+    path = name if linear is model.get_submodule(name) else f"{name}.linear"
+    replace_module(model, path, SimulatedInt8Linear(linear, item.weight_scale, item.activation))
+    return path
 
 
 def _cast_float_modules(model: nn.Module, dtype: str) -> nn.Module:

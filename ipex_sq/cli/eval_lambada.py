@@ -52,14 +52,7 @@ def parser() -> Parser:
         "--backend names (comma-separated; inc and reference run only if named)",
     )
     flags.add_config(QuantConfig, skip=("alpha",))
-    flags.add_flag(
-        "alpha",
-        type=_alpha,
-        default=None,
-        metavar="ALPHA",
-        help=f"{setting_help(QuantConfig, 'alpha')} (default: {QuantConfig.alpha}; the paper's is "
-        "0.5)",
-    )
+    add_alpha(flags)
     flags.add_flag("kl", action="store_true", help="the same as --observer kl")
     flags.add_config(DataConfig)
     flags.add_config(EvaluationConfig)
@@ -73,6 +66,18 @@ def parser() -> Parser:
     )
     flags.add_config(OutputConfig)
     return flags
+
+
+def add_alpha(flags: Parser) -> None:
+    """Add --alpha, whose default says nothing so that it can be refused without SmoothQuant."""
+    flags.add_flag(
+        "alpha",
+        type=_alpha,
+        default=None,
+        metavar="ALPHA",
+        help=f"{setting_help(QuantConfig, 'alpha')} (default: {QuantConfig.alpha}; the paper's is "
+        "0.5)",
+    )
 
 
 def _alpha(text: str) -> float | str:
