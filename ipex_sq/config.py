@@ -55,6 +55,38 @@ def check_alpha(alpha: float) -> float:
     return alpha
 
 
+@dataclass(frozen=True)
+class Drop:
+    """The loss that `--max_drop` allows on the calibration texts.
+
+    Attributes:
+        points: Of last-word accuracy against fp32, or None.
+        ratio: Of perplexity to fp32's, at least 1, or None.
+    """
+
+    points: float | None = None
+    ratio: float | None = None
+
+
+def parse_drop(text: str) -> Drop:
+    """Turn the text of `--max_drop`, as "0.5" (points) or "1.02x" (perplexity ratio), into a value.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    problem = ConfigError(
+        f"--max_drop takes accuracy points as 0.5, or a perplexity ratio as 1.02x, not {text!r}"
+    )
+    try:
+        value = float(text.removesuffix("x"))
+    except ValueError:
+        raise problem from None
+    smallest = 1.0 if text.endswith("x") else 0.0
+    if not (math.isfinite(value) and value >= smallest):
+        raise problem
+    return Drop(ratio=value) if text.endswith("x") else Drop(points=value)
+
+
 def _check_choice(kind: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise unknown_name(kind, value, known)
@@ -96,6 +128,13 @@ class QuantConfig:
         "searched and the backend rounds per token, else static)",
         choices=ACTIVATIONS,
     )
+    max_drop: str | None = _setting(
+        None,
+        "largest loss on the calibration texts, in points of last-word accuracy (0.5) or as "
+        "perplexity ratio (1.02x): the fewest layers that meet it leave static int8, first for "
+        "per-token rounding, then for float",
+        metavar="X",
+    )
     backend: str = _setting("auto", f"auto or one of: {', '.join(BACKENDS)}")
     dtype: str | None = _setting(
         None, "precision of what stays float (default: the backend's own)", choices=PRECISIONS
@@ -115,6 +154,8 @@ class QuantConfig:
         if not 50.0 < self.percentile <= 100.0:
             raise ConfigError(f"percentile must lie between 50 and 100, not {self.percentile}")
         _check_choice("backend", self.backend, (*BACKENDS, "auto"))
+        if self.max_drop is not None:
+            parse_drop(self.max_drop)
         if self.activations is not None:
             _check_choice("activations", self.activations, ACTIVATIONS)
         if self.dtype is not None:

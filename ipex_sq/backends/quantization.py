@@ -106,34 +106,51 @@ def quantize_model(
     model: nn.Module,
     batches: Sequence[Batch] | ActStats,
     config: QuantConfig,
+    *,
     source: Mapping[str, Any] | None = None,
+    decided: QuantPlan | None = None,
 ) -> QuantizedModel:
-    """As `quantize`, with the plan, the timings and what was chosen."""
+    """As `quantize`, with the plan, the timings and what was chosen.
+
+    `decided` is executed instead of a plan made from `config`.
+    """
     choice = choose_backend(config.backend)
     dtype = config.dtype or choice.backend.float_dtype
+    if config.max_drop is not None and decided is None:
+        raise ConfigError(
+            "max_drop is measured on documents: use eval_lambada.py, or pass the plan of "
+            "evaluation.max_drop.plan_within_drop"
+        )
     if isinstance(choice.backend, IncBackend):
         return _quantize_with_inc(choice.backend, model, batches, config)
-    return _quantize_with_plan(choice, model, batches, (config, dtype, source))
+    return _quantize_with_plan(choice, model, batches, _Settings(config, dtype, source, decided))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    config: QuantConfig
+    dtype: str
+    source: Mapping[str, Any] | None
+    decided: QuantPlan | None
 
 
 def _quantize_with_plan(
     choice: Choice,
     model: nn.Module,
     batches: Sequence[Batch] | ActStats,
-    settings: tuple[QuantConfig, str, Mapping[str, Any] | None],
+    settings: _Settings,
 ) -> QuantizedModel:
-    config, dtype, source = settings
-    backend = choice.backend
+    config, dtype, backend = settings.config, settings.dtype, choice.backend
     assert isinstance(backend, Backend)  # noqa: S101
     if isinstance(batches, ActStats) and config.observer != "minmax":
         raise ConfigError(f"observer {config.observer!r} makes a second pass: pass the batches")
     wanted = rounding(config, backend)
     stats = batches
     if not isinstance(stats, ActStats):
-        stats = calibrate(model, stats, source, samples=wanted.needs_samples)
+        stats = calibrate(model, stats, settings.source, samples=wanted.needs_samples)
     seconds = {"calibrate": stats.seconds}
     with _timed(seconds, "plan"):
-        decided = plan(model, stats, config)
+        decided = settings.decided or plan(model, stats, config)
     with _timed(seconds, "smooth"):
         decided, change = apply_smoothing(model, decided, stats.example)
     if config.observer != "minmax" and not isinstance(batches, ActStats):

@@ -134,6 +134,8 @@ def _check(flags: argparse.Namespace) -> None:
         flags.observer = "kl"
     if flags.observer != QuantConfig.observer and not (flags.int8 or flags.compare):
         raise ConfigError("--kl and --observer belong to INT8: add --int8")
+    if flags.max_drop is not None and not (flags.int8 or flags.compare):
+        raise ConfigError("--max_drop belongs to INT8: add --int8")
     if flags.output_dir is not None and not flags.int8:
         raise ConfigError("--output_dir saves one int8 model: add --int8")
     if "," in flags.backend and not flags.compare:

@@ -18,6 +18,7 @@ from ipex_sq.data.documents import TextSet, check_disjoint
 from ipex_sq.data.lambada import default_calibration, load_lambada
 from ipex_sq.errors import ConfigError
 from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada, paired_difference
+from ipex_sq.evaluation.max_drop import Search, plan_within_drop
 from ipex_sq.models.calibration import add_samples, calibrate
 from ipex_sq.models.loading import load_model
 from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT
@@ -130,14 +131,25 @@ class Experiment:
         )
         source = describe(texts)
         if quant.backend == IncBackend.name or quant.observer != "minmax":
-            return quantize_model(model, batches, quant, source)
+            if quant.max_drop is not None:
+                raise ConfigError("--max_drop goes with the minmax observer and our own backends")
+            return quantize_model(model, batches, quant, source=source)
         if self._stats is None:
             self._stats = calibrate(model, batches, source, samples=False)
         backend = choose_backend(quant.backend).backend
         assert isinstance(backend, Backend)  # noqa: S101
-        if rounding(quant, backend).needs_samples and not self._stats.samples:
+        searches = rounding(quant, backend).needs_samples or quant.max_drop is not None
+        if searches and not self._stats.samples:
             self._stats = add_samples(model, self._stats, batches)
-        return quantize_model(model, self._stats, quant)
+        if quant.max_drop is None:
+            return quantize_model(model, self._stats, quant)
+        start = time.perf_counter()
+        search = Search(model, tokenizer, texts.documents, self._stats)
+        decided = plan_within_drop(search, quant, backend)
+        seconds = time.perf_counter() - start
+        quantized = quantize_model(model, self._stats, quant, decided=decided)
+        quantized.seconds["max_drop"] = seconds
+        return quantized
 
 
 def pair(outcome: Outcome, baseline: Outcome) -> None:

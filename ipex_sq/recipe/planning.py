@@ -13,7 +13,7 @@ from ipex_sq.config import AUTO, AUTO_GLOBAL, DYNAMIC, MIXED, STATIC
 from ipex_sq.errors import CalibrationError
 from ipex_sq.recipe.alpha import ALPHA_GRID, AlphaSearch, GroupInputs, search_alpha
 from ipex_sq.recipe.correction import mean_output_errors
-from ipex_sq.recipe.mixing import MASSIVE, massive_groups
+from ipex_sq.recipe.mixing import LEAST_SAVING, MASSIVE, massive_groups
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import (
     DYNAMIC_INT8,
@@ -62,6 +62,9 @@ class ActStats:
     unsampled: Mapping[str, LinearStats] = field(default_factory=dict)
 
 
+KEPT = "to meet --max_drop"
+
+
 @dataclass(frozen=True)
 class Rounding:
     """What a plan is asked for.
@@ -70,10 +73,14 @@ class Rounding:
         alpha: Number, "auto" (search, for each group), "auto-global" (search, one for all), or
             None (no smoothing).
         activations: "static", "dynamic" or "mixed".
+        forced: Mode of groups (by key) that are decided already: "dynamic_int8" or "float".
+        measured: Whether each group's expected KL is wanted even where nothing is searched.
     """
 
     alpha: float | str | None
     activations: str = STATIC
+    forced: Mapping[str, str] = field(default_factory=dict)
+    measured: bool = False
 
     @property
     def searches_alpha(self) -> bool:
@@ -83,13 +90,15 @@ class Rounding:
     @property
     def needs_samples(self) -> bool:
         """Whether the decision is made by the effect on predictions."""
-        return self.searches_alpha or self.activations == MIXED
+        return self.searches_alpha or self.activations == MIXED or self.measured
 
     @property
     def modes(self) -> tuple[str, ...]:
         """The modes that a Linear may get."""
         both = {STATIC: (STATIC_INT8,), DYNAMIC: (DYNAMIC_INT8,)}
-        return both.get(self.activations, (STATIC_INT8, DYNAMIC_INT8))
+        modes = both.get(self.activations, (STATIC_INT8, DYNAMIC_INT8))
+        forced = DYNAMIC_INT8 in self.forced.values() and DYNAMIC_INT8 not in modes
+        return (*modes, DYNAMIC_INT8) if forced else modes
 
 
 def make_plan(stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding) -> QuantPlan:
@@ -106,18 +115,25 @@ def make_plan(stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding) 
     inputs = {group.key: _inputs(group, stats, weights, wanted) for group in stats.groups}
     search = _search(inputs, wanted) if wanted.needs_samples else None
     alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in wanted.modes}
-    massive = massive_groups(stats.groups, search, alphas) if search and len(alphas) > 1 else set()
+    mixed = search is not None and wanted.activations == MIXED
+    massive = massive_groups(stats.groups, search, alphas) if search and mixed else set()
     groups, linears = {}, dict[str, LinearPlan]()
     for name, reason in stats.float_reasons.items():
         linears[name] = LinearPlan(FLOAT, reason)
     for group in stats.groups:
-        mode = DYNAMIC_INT8 if group.key in massive else wanted.modes[0]
+        mode = wanted.forced.get(group.key) or wanted.modes[0]
+        if mode == FLOAT:
+            groups[group.key] = GroupPlan(group)
+            linears |= {name: LinearPlan(FLOAT, KEPT) for name in group.readers}
+            continue
+        if group.key in massive:
+            mode = DYNAMIC_INT8
         alpha = alphas[mode][group.key]
         item = _plan_group(group, inputs[group.key], alpha)
         if search is not None:
             item = replace(item, expected_kl=search.cost(group.key, alpha, mode))
         groups[group.key] = item
-        reason = MASSIVE if group.key in massive else "asked for"
+        reason = MASSIVE if group.key in massive else KEPT if wanted.forced else "asked for"
         linears |= _plan_linears(item, inputs[group.key], (mode, reason))
         if search is not None and inputs[group.key].sample is not None:
             linears |= _corrected(item, inputs[group.key], linears)
@@ -181,21 +197,33 @@ def _search(inputs: Mapping[str, GroupInputs], wanted: Rounding) -> AlphaSearch:
         )
     alpha = wanted.alpha
     grid = ALPHA_GRID if isinstance(alpha, str) else (alpha,)
-    return search_alpha(sampled, grid, wanted.modes, progress=_bar)
+    first, *others = wanted.modes
+    found = search_alpha(sampled, grid, (first,), progress=_bar)
+    for mode in others:
+        # A group that costs less than the least saving cannot gain it.
+        worth = {
+            key: item
+            for key, item in sampled.items()
+            if key in wanted.forced or min(found.kl[first][key]) >= LEAST_SAVING
+        }
+        more = search_alpha(worth, grid, (mode,), progress=_bar)
+        found = AlphaSearch(grid, {**found.kl, **more.kl})
+    return found
 
 
 def _alphas(
     groups: Sequence[SmoothGroup], search: AlphaSearch | None, wanted: Rounding, mode: str
 ) -> dict[str, float | None]:
-    """The alpha of each group were it of this mode."""
-    alpha = wanted.alpha
+    """The alpha of each group were it of this mode; a second mode only where it was measured."""
+    alpha, keys = wanted.alpha, [group.key for group in groups]
     if not isinstance(alpha, str):
-        return {group.key: alpha for group in groups}
+        return dict.fromkeys(keys, alpha)
     assert search is not None  # noqa: S101
+    if mode != wanted.modes[0]:
+        keys = [key for key in keys if key in search.kl[mode]]
     if alpha == AUTO:
-        return {group.key: search.best(group.key, mode) for group in groups}
-    best = search.best_for_all(mode)
-    return {group.key: best for group in groups}
+        return {key: search.best(key, mode) for key in keys}
+    return dict.fromkeys(keys, search.best_for_all(mode)) if keys else {}
 
 
 def _bar(keys: Any) -> Any:

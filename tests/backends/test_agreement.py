@@ -16,13 +16,16 @@ from ipex_sq.errors import BackendUnavailableError, ConfigError
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing
 from ipex_sq.models.tiny import tiny_model
-from ipex_sq.recipe import mixing
+from ipex_sq.recipe import mixing, planning
 from ipex_sq.recipe.plan import DYNAMIC_INT8, PreScale
 from ipex_sq.recipe.plan_files import plan_to_json
 from ipex_sq.recipe.qparams import activation_qparams
 
 # In fp32 only rounding ties differ (a level is 1/255 of the range): well under one level.
 FP32_BOUND = 5e-3
+# Without smoothing a level is coarse: where sums in another order push one value over a rounding
+# boundary, its token and those that attend to it change by as much as rounding did there.
+FLIPPED_SHARE = 0.1
 # bf16 keeps 8 bits of mantissa in everything that is not int8, as many as int8 itself: the change
 # must stay below what quantization did.
 BF16_SHARE = 1.0
@@ -35,13 +38,17 @@ def test_agrees_with_reference(family, backend, alpha, batches, unseen):
     config = QuantConfig(alpha=alpha, backend="reference")
     wanted = logits_of(quantize(tiny_model(family), batches, config), unseen)
     config = QuantConfig(alpha=alpha, backend=backend, dtype="fp32")
-    model = quantize(tiny_model(family), batches, config)
-    assert relative_error(logits_of(model, unseen), wanted) < FP32_BOUND
+    got = logits_of(quantize(tiny_model(family), batches, config), unseen)
+    tokens = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert float((tokens < FP32_BOUND).float().mean()) > 0.9
+    quantization_error = relative_error(wanted, logits_of(tiny_model(family), unseen))
+    assert relative_error(got, wanted) < max(FP32_BOUND, FLIPPED_SHARE * quantization_error)
 
 
 @pytest.mark.parametrize(("alpha", "activations"), [(None, "dynamic"), ("auto", "mixed")])
 def test_agrees_with_reference_per_token(monkeypatch, alpha, activations, batches, unseen):
-    monkeypatch.setattr(mixing, "LEAST_SAVING", 0.0)  # so that a tiny model has massive groups
+    for module in (mixing, planning):
+        monkeypatch.setattr(module, "LEAST_SAVING", 0.0)  # so that a tiny model has massive groups
     models = {}
     for backend in ("reference", "native"):
         config = QuantConfig(alpha=alpha, activations=activations, backend=backend, dtype="fp32")
