@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ipex_sq.cli import benchmark, eval_lambada
+from ipex_sq.cli import benchmark, eval_lambada, families, plant_outliers, sensitivity
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,13 +17,20 @@ SHELL = [
     for line in block.splitlines()
     if line.strip()
 ]
-PARSERS = {"eval_lambada.py": eval_lambada.parser, "benchmark.py": benchmark.parser}
+PARSERS = {
+    "eval_lambada.py": eval_lambada.parser,
+    "benchmark.py": benchmark.parser,
+    "-m ipex_sq sensitivity": sensitivity.parser,
+    "-m ipex_sq plant-outliers": plant_outliers.parser,
+    "-m ipex_sq families": families.parser,
+}
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("python ")])
 def test_flags_in_readme_exist(line):
-    _, script, *flags = line.split()
-    PARSERS[script]().parse_args(flags)
+    command = line.removeprefix("python ")
+    (script,) = (name for name in PARSERS if command.startswith(name))
+    PARSERS[script]().parse_args(command.removeprefix(script).split())
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])
