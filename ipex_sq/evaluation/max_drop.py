@@ -25,8 +25,8 @@ from ipex_sq.data.documents import Document
 from ipex_sq.errors import ConfigError
 from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada, paired_difference
 from ipex_sq.models.folding import apply_smoothing, correct_biases, replace_module
-from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT, QuantPlan
-from ipex_sq.recipe.planning import ActStats, make_plan
+from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT, STATIC_INT8, QuantPlan
+from ipex_sq.recipe.planning import ActStats, make_plan, search_costs
 from ipex_sq.system import EXACT_INT8_ISA, int8_isa
 
 logger = logging.getLogger(__name__)
@@ -59,12 +59,14 @@ def plan_within_drop(search: Search, config: QuantConfig, backend: Backend) -> Q
     allowed = parse_drop(config.max_drop)
     asked = rounding(config, backend)
     start = asked.activations if config.activations else STATIC
-    wanted = replace(asked, activations=start, measured=True)
+    wanted = replace(asked, activations=start)
     weights = {name: search.model.get_submodule(name).weight for name in search.stats.linears}
+    modes = (STATIC_INT8, DYNAMIC_INT8) if backend.rounds_tokens else (STATIC_INT8,)
+    costs = search_costs(search.stats, weights, wanted, modes)  # type: ignore[arg-type]
     fp32 = evaluate_lambada(search.model, search.tokenizer, search.documents)
 
     def planned(forced: dict[str, str]) -> QuantPlan:
-        return make_plan(search.stats, weights, replace(wanted, forced=forced))  # type: ignore[arg-type]
+        return make_plan(search.stats, weights, replace(wanted, forced=forced), costs)  # type: ignore[arg-type]
 
     def meets(forced: dict[str, str]) -> bool:
         scores = _score(search, planned(forced))
@@ -76,8 +78,8 @@ def plan_within_drop(search: Search, config: QuantConfig, backend: Backend) -> Q
         )
         return _within(scores, fp32, allowed)
 
-    costs = {key: item.expected_kl or 0.0 for key, item in planned({}).groups.items()}
-    order = sorted(costs, key=costs.__getitem__, reverse=True)
+    damage = {key: item.expected_kl or 0.0 for key, item in planned({}).groups.items()}
+    order = sorted(damage, key=damage.__getitem__, reverse=True)
     per_token = dict.fromkeys(order, DYNAMIC_INT8)
     stages = [(DYNAMIC_INT8, {}), (FLOAT, per_token)] if backend.rounds_tokens else [(FLOAT, {})]
     for mode, others in stages:

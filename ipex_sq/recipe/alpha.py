@@ -87,8 +87,8 @@ class AlphaSearch:
 
     def total(self, mode: str = STATIC_INT8) -> dict[float | None, float]:
         """Cost of each alpha where all groups use it."""
-        columns = zip(*self.kl[mode].values(), strict=True)
-        return {alpha: sum(column) for alpha, column in zip(self.grid, columns, strict=True)}
+        groups = self.kl[mode].values()
+        return {alpha: sum(costs[i] for costs in groups) for i, alpha in enumerate(self.grid)}
 
     def best_for_all(self, mode: str = STATIC_INT8) -> float | None:
         """The one alpha that costs least in total."""

@@ -43,4 +43,4 @@ def mean_output_errors(inputs: GroupInputs, item: GroupPlan, mode: str) -> Seque
         append_copies(levels, item.channels), zero_point, quantize_weight(weight, steps)
     )
     error = (sums.mul_(steps).mul_(step) - wanted).mean(dim=0)
-    return error.split([weight.shape[0] for weight in inputs.weights])
+    return [part.clone() for part in error.split([len(weight) for weight in inputs.weights])]

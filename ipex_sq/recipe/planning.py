@@ -74,13 +74,11 @@ class Rounding:
             None (no smoothing).
         activations: "static", "dynamic" or "mixed".
         forced: Mode of groups (by key) that are decided already: "dynamic_int8" or "float".
-        measured: Whether each group's expected KL is wanted even where nothing is searched.
     """
 
     alpha: float | str | None
     activations: str = STATIC
     forced: Mapping[str, str] = field(default_factory=dict)
-    measured: bool = False
 
     @property
     def searches_alpha(self) -> bool:
@@ -90,53 +88,59 @@ class Rounding:
     @property
     def needs_samples(self) -> bool:
         """Whether the decision is made by the effect on predictions."""
-        return self.searches_alpha or self.activations == MIXED or self.measured
+        return self.searches_alpha or self.activations == MIXED
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The modes that a Linear may get."""
-        both = {STATIC: (STATIC_INT8,), DYNAMIC: (DYNAMIC_INT8,)}
-        modes = both.get(self.activations, (STATIC_INT8, DYNAMIC_INT8))
-        forced = DYNAMIC_INT8 in self.forced.values() and DYNAMIC_INT8 not in modes
-        return (*modes, DYNAMIC_INT8) if forced else modes
+        """The modes that a Linear may get, the usual one first."""
+        alone = {STATIC: (STATIC_INT8,), DYNAMIC: (DYNAMIC_INT8,)}
+        return alone.get(self.activations, (STATIC_INT8, DYNAMIC_INT8))
+
+    @property
+    def grid(self) -> tuple[float | None, ...]:
+        """The alphas to try."""
+        return ALPHA_GRID if isinstance(self.alpha, str) else (self.alpha,)
 
 
-def make_plan(stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding) -> QuantPlan:
+def make_plan(
+    stats: ActStats,
+    weights: Mapping[str, Tensor],
+    wanted: Rounding,
+    search: AlphaSearch | None = None,
+) -> QuantPlan:
     """Decide the numerics of every Linear.
 
     Args:
         stats: From calibration.
         weights: `[out_features, in_features]` of every Linear in `stats.linears`.
         wanted: What to decide, and what is given.
+        search: What `search_costs` found, where it is known already.
 
     Raises:
         CalibrationError: A search needs samples, and the statistics hold none.
     """
-    inputs = {group.key: _inputs(group, stats, weights, wanted) for group in stats.groups}
-    search = _search(inputs, wanted) if wanted.needs_samples else None
-    alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in wanted.modes}
+    inputs = _inputs(stats, weights, wanted)
+    if search is None and wanted.needs_samples:
+        search = _search(inputs, wanted)
+    modes = wanted.modes if search is None else tuple(search.kl)
+    alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in modes}
     mixed = search is not None and wanted.activations == MIXED
     massive = massive_groups(stats.groups, search, alphas) if search and mixed else set()
     groups, linears = {}, dict[str, LinearPlan]()
     for name, reason in stats.float_reasons.items():
         linears[name] = LinearPlan(FLOAT, reason)
     for group in stats.groups:
-        mode = wanted.forced.get(group.key) or wanted.modes[0]
+        mode, reason = _mode(group.key, wanted, massive)
         if mode == FLOAT:
             groups[group.key] = GroupPlan(group)
-            linears |= {name: LinearPlan(FLOAT, KEPT) for name in group.readers}
+            linears |= {name: LinearPlan(FLOAT, reason) for name in group.readers}
             continue
-        if group.key in massive:
-            mode = DYNAMIC_INT8
         alpha = alphas[mode][group.key]
         item = _plan_group(group, inputs[group.key], alpha)
         if search is not None:
             item = replace(item, expected_kl=search.cost(group.key, alpha, mode))
         groups[group.key] = item
-        reason = MASSIVE if group.key in massive else KEPT if wanted.forced else "asked for"
-        linears |= _plan_linears(item, inputs[group.key], (mode, reason))
-        if search is not None and inputs[group.key].sample is not None:
-            linears |= _corrected(item, inputs[group.key], linears)
+        linears |= _plan_linears(item, inputs[group.key], (mode, reason), corrected=bool(search))
     calibration = {"texts": stats.texts, "tokens": stats.tokens, **stats.source}
     return QuantPlan(
         _alpha_of_model(search, wanted),
@@ -148,15 +152,26 @@ def make_plan(stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding) 
     )
 
 
-def _corrected(
-    item: GroupPlan, inputs: GroupInputs, linears: Mapping[str, LinearPlan]
-) -> dict[str, LinearPlan]:
-    readers = [linears[name] for name in item.group.readers]
-    errors = mean_output_errors(inputs, item, readers[0].mode)
-    return {
-        name: replace(reader, output_error=error.clone())
-        for name, reader, error in zip(item.group.readers, readers, errors, strict=True)
-    }
+def search_costs(
+    stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding, modes: tuple[str, ...]
+) -> AlphaSearch:
+    """What every smooth group costs at each alpha that is wanted, in each of `modes`.
+
+    Raises:
+        CalibrationError: The statistics hold no samples.
+    """
+    sampled = _sampled(_inputs(stats, weights, wanted))
+    return search_alpha(sampled, wanted.grid, modes, progress=_bar)
+
+
+def _mode(key: str, wanted: Rounding, massive: set[str]) -> tuple[str, str]:
+    """Mode of a group, and why it is not static int8."""
+    if key in wanted.forced:
+        return wanted.forced[key], KEPT
+    if key in massive:
+        return DYNAMIC_INT8, MASSIVE
+    mode = wanted.modes[0]
+    return mode, "" if mode == STATIC_INT8 else "asked for"
 
 
 def _alpha_of_model(search: AlphaSearch | None, wanted: Rounding) -> float | str | None:
@@ -173,57 +188,58 @@ def _costs_of_model(search: AlphaSearch | None, wanted: Rounding) -> dict[float,
 
 
 def _inputs(
-    group: SmoothGroup, stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding
-) -> GroupInputs:
-    """What the group's plan is made of; channels are split where alpha is searched."""
-    readers = [weights[name].detach().float() for name in group.readers]
-    splits = wanted.searches_alpha and not group.folds_into_norm
-    return GroupInputs(
-        stats=stats.linears[group.key],
-        weights=readers,
-        copies=number_of_copies(readers[0].shape[1]) if splits else 0,
-        sample=stats.samples.get(group.key),
-        unsampled_stats=stats.unsampled.get(group.key),
-        producer_channels=group.producer_channels,
-    )
+    stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding
+) -> dict[str, GroupInputs]:
+    """What each group's plan is made of; channels are split where alpha is searched."""
+    found = {}
+    for group in stats.groups:
+        readers = [weights[name].detach().float() for name in group.readers]
+        splits = wanted.searches_alpha and not group.folds_into_norm
+        found[group.key] = GroupInputs(
+            stats=stats.linears[group.key],
+            weights=readers,
+            copies=number_of_copies(readers[0].shape[1]) if splits else 0,
+            sample=stats.samples.get(group.key),
+            unsampled_stats=stats.unsampled.get(group.key),
+            producer_channels=group.producer_channels,
+        )
+    return found
 
 
-def _search(inputs: Mapping[str, GroupInputs], wanted: Rounding) -> AlphaSearch:
-    sampled = {key: item for key, item in inputs.items() if item.sample is not None}
-    if not sampled:
+def _sampled(inputs: Mapping[str, GroupInputs]) -> dict[str, GroupInputs]:
+    found = {key: item for key, item in inputs.items() if item.sample is not None}
+    if not found:
         raise CalibrationError(
             "this plan needs samples: calibrate(model, batches, samples=True), or pass a number as "
             "alpha and static or dynamic activations"
         )
-    alpha = wanted.alpha
-    grid = ALPHA_GRID if isinstance(alpha, str) else (alpha,)
+    return found
+
+
+def _search(inputs: Mapping[str, GroupInputs], wanted: Rounding) -> AlphaSearch:
+    sampled = _sampled(inputs)
     first, *others = wanted.modes
-    found = search_alpha(sampled, grid, (first,), progress=_bar)
+    found = search_alpha(sampled, wanted.grid, (first,), progress=_bar)
     for mode in others:
         # A group that costs less than the least saving cannot gain it.
-        worth = {
-            key: item
-            for key, item in sampled.items()
-            if key in wanted.forced or min(found.kl[first][key]) >= LEAST_SAVING
-        }
-        more = search_alpha(worth, grid, (mode,), progress=_bar)
-        found = AlphaSearch(grid, {**found.kl, **more.kl})
+        costs = found.kl[first]
+        worth = {key: item for key, item in sampled.items() if min(costs[key]) >= LEAST_SAVING}
+        more = search_alpha(worth, wanted.grid, (mode,), progress=_bar)
+        found = AlphaSearch(wanted.grid, {**found.kl, **more.kl})
     return found
 
 
 def _alphas(
     groups: Sequence[SmoothGroup], search: AlphaSearch | None, wanted: Rounding, mode: str
 ) -> dict[str, float | None]:
-    """The alpha of each group were it of this mode; a second mode only where it was measured."""
+    """The alpha of each group were it of this mode."""
     alpha, keys = wanted.alpha, [group.key for group in groups]
     if not isinstance(alpha, str):
         return dict.fromkeys(keys, alpha)
     assert search is not None  # noqa: S101
-    if mode != wanted.modes[0]:
-        keys = [key for key in keys if key in search.kl[mode]]
     if alpha == AUTO:
         return {key: search.best(key, mode) for key in keys}
-    return dict.fromkeys(keys, search.best_for_all(mode)) if keys else {}
+    return dict.fromkeys(keys, search.best_for_all(mode))
 
 
 def _bar(keys: Any) -> Any:
@@ -238,18 +254,22 @@ def _plan_group(group: SmoothGroup, inputs: GroupInputs, alpha: float | None) ->
 
 
 def _plan_linears(
-    item: GroupPlan, inputs: GroupInputs, mode_and_reason: tuple[str, str]
+    item: GroupPlan, inputs: GroupInputs, mode_and_reason: tuple[str, str], *, corrected: bool
 ) -> dict[str, LinearPlan]:
     mode, reason = mode_and_reason
-    static = mode == STATIC_INT8
-    activation = activation_qparams(*inputs.stats.smoothed_range(item.scale)) if static else None
+    ranged = inputs.stats.smoothed_range(item.scale)
+    activation = activation_qparams(*ranged) if mode == STATIC_INT8 else None
+    errors: Sequence[Tensor | None] = [None] * len(inputs.weights)
+    if corrected and inputs.sample is not None:
+        errors = mean_output_errors(inputs, item, mode)
     return {
         name: LinearPlan(
             mode,
-            "" if static else reason,
+            reason,
             item.group.key,
             activation,
             weight_scale(smoothed_weight(weight, item.scale, item.channels)),
+            error,
         )
-        for name, weight in zip(item.group.readers, inputs.weights, strict=True)
+        for name, weight, error in zip(item.group.readers, inputs.weights, errors, strict=True)
     }
