@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -11,18 +10,13 @@ from torch import Tensor, nn
 
 from ipex_sq.backends.quantization import quantize_model
 from ipex_sq.config import STATIC, QuantConfig
+from ipex_sq.evaluation.sqnr import sqnr_db
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.running import run_model
 from ipex_sq.models.tiny import VOCABULARY, tiny_model
 from ipex_sq.recipe.plan import FLOAT, FOLD, PRESCALE
 
 TEXTS, TOKENS = 32, 32
-
-
-def sqnr_db(got: Tensor, wanted: Tensor) -> float:
-    """Signal to quantization noise: 20 log10(||wanted|| / ||got - wanted||), in dB."""
-    noise = float((got.double() - wanted.double()).norm())
-    return 20 * math.log10(float(wanted.double().norm()) / max(noise, 1e-30))
 
 
 def family_row(family: str) -> dict[str, Any]:

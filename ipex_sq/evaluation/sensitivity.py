@@ -18,12 +18,13 @@ from ipex_sq.config import ModelConfig, QuantConfig
 from ipex_sq.data.calibration import calibration_batches
 from ipex_sq.data.documents import TextSet
 from ipex_sq.errors import UnsupportedModelError
-from ipex_sq.evaluation.families import sqnr_db
+from ipex_sq.evaluation.sqnr import sqnr_db
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing, replace_module, smoothed_linear
 from ipex_sq.models.loading import load_model
 from ipex_sq.models.running import run_model
 from ipex_sq.models.sampling import rows_of
+from ipex_sq.recipe.hooks import hooked
 from ipex_sq.recipe.plan import QuantPlan
 
 
@@ -150,12 +151,8 @@ def _keep_outputs(blocks: Sequence[nn.Module], outputs: list[Any]) -> Iterator[N
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         outputs.append(output)
 
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    try:
+    with hooked(block.register_forward_hook(keep) for block in blocks):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -92,8 +92,5 @@ def logits_at(model: nn.Module, picks: Tensor) -> Iterator[None]:
         hidden = args[0]
         return (hidden.reshape(-1, hidden.shape[-1])[picks][None], *args[1:])
 
-    handle = head.register_forward_pre_hook(pick)
-    try:
+    with head.register_forward_pre_hook(pick):
         yield
-    finally:
-        handle.remove()

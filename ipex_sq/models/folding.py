@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ipex_sq.errors import NumericalCheckError
 from ipex_sq.models.running import run_model
+from ipex_sq.recipe.hooks import hooked
 from ipex_sq.recipe.plan import FOLD, GroupPlan, PreScale, QuantPlan, producer_scale
 from ipex_sq.recipe.splitting import append_copies, smoothed_weight
 
@@ -249,12 +250,8 @@ def _record_outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Te
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
-    try:
+    with hooked(model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _changes(

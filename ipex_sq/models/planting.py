@@ -19,6 +19,9 @@ from ipex_sq.models.running import run_model
 from ipex_sq.models.topology import find_topology
 from ipex_sq.recipe.plan import SmoothGroup
 
+PLANTING_TOLERANCE = 1e-5
+"""Relative; a power of two as factor changes nothing at all."""
+
 
 @dataclass(frozen=True)
 class Planted:
@@ -74,10 +77,6 @@ def plant_outliers(model: nn.Module, example: Mapping[str, Tensor], config: Plan
     if not change <= PLANTING_TOLERANCE * float(before.abs().max()):
         raise NumericalCheckError(f"planting changed a logit by {change:.2g}")
     return Planted(tuple(norms), config.channels, config.factor, change)
-
-
-PLANTING_TOLERANCE = 1e-5
-"""Relative; a power of two as factor changes nothing at all."""
 
 
 def blow_up(model: nn.Module, group: SmoothGroup, planted: tuple[Sequence[int], float]) -> bool:

@@ -9,14 +9,16 @@ channel, and the reader's input shows which factor arrived where. What passes no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ipex_sq.models.running import run_model
+from ipex_sq.recipe.hooks import hooked
 
 SMALLEST_FACTOR, LARGEST_FACTOR = 1.5, 3.0
 """Away from 1: a channel that the producer does not reach must not look as if it were."""
@@ -38,7 +40,6 @@ class _Probe:
 @dataclass
 class _Recorder:
     probes: Mapping[str, _Probe]
-    handles: list[Any] = field(default_factory=list)
     multiply: bool = False
 
     def reader_hook(self, reader: str) -> Callable[..., Any]:
@@ -99,19 +100,18 @@ def _run_twice(
     model: nn.Module, example: Mapping[str, Tensor], probes: Mapping[str, _Probe]
 ) -> None:
     recorder = _Recorder(probes)
-    try:
-        for reader, probe in probes.items():
-            module, producer = model.get_submodule(reader), model.get_submodule(probe.producer)
-            recorder.handles += [
-                module.register_forward_pre_hook(recorder.reader_hook(reader)),
-                producer.register_forward_hook(recorder.producer_hook(reader)),
-            ]
-        with torch.no_grad():
-            for recorder.multiply in (False, True):
-                run_model(model, example)
-    finally:
-        for handle in recorder.handles:
-            handle.remove()
+    with hooked(_probing(model, probes, recorder)), torch.no_grad():
+        for recorder.multiply in (False, True):
+            run_model(model, example)
+
+
+def _probing(
+    model: nn.Module, probes: Mapping[str, _Probe], recorder: _Recorder
+) -> Iterator[RemovableHandle]:
+    for reader, probe in probes.items():
+        module, producer = model.get_submodule(reader), model.get_submodule(probe.producer)
+        yield module.register_forward_pre_hook(recorder.reader_hook(reader))
+        yield producer.register_forward_hook(recorder.producer_hook(reader))
 
 
 def _channels(probe: _Probe) -> Tensor | None:

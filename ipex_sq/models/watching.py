@@ -15,6 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from ipex_sq.recipe.hooks import hooked
 
 
 @dataclass
@@ -145,19 +148,19 @@ class Watch(TorchFunctionMode):
 def watch(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[Watch]:
     """Watch `model` inside the `with` block; hooks go even where it raises."""
     seen = Watch()
-    handles = []
+    with hooked(_watching(model, linears, seen)), seen:
+        yield seen
+
+
+def _watching(
+    model: nn.Module, linears: Mapping[str, nn.Module], seen: Watch
+) -> Iterator[RemovableHandle]:
     for name, module in linears.items():
-        handles.append(module.register_forward_pre_hook(_starts(seen, name)))
-        handles.append(module.register_forward_hook(_ends(seen.end_linear, name)))
+        yield module.register_forward_pre_hook(_starts(seen, name))
+        yield module.register_forward_hook(_ends(seen.end_linear, name))
     for name, module in model.named_modules():
         if _may_be_norm(module):
-            handles.append(module.register_forward_hook(_ends(seen.end_norm, name)))
-    try:
-        with seen:
-            yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+            yield module.register_forward_hook(_ends(seen.end_norm, name))
 
 
 def _starts(seen: Watch, name: str) -> Callable[..., None]:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ipex_sq.recipe.hooks import hooked
+
 BINS = 2048
 COARSE_BINS = 128
 CANDIDATE_STEP = 16
@@ -132,12 +134,8 @@ def record_histograms(
 
         return hook
 
-    handles = [
+    with hooked(
         module.register_forward_pre_hook(hook_for(name))  # type: ignore[arg-type]
         for name, module in linears.items()
-    ]
-    try:
+    ):
         yield histograms
-    finally:
-        for handle in handles:
-            handle.remove()

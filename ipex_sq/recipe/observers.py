@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.errors import CalibrationError
+from ipex_sq.recipe.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,8 @@ def record_stats(linears: Mapping[str, nn.Module]) -> Iterator[StatsRecorder]:
 
         return hook
 
-    handles = [
+    with hooked(
         module.register_forward_pre_hook(hook_for(name))  # type: ignore[arg-type]
         for name, module in linears.items()
-    ]
-    try:
+    ):
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -191,6 +191,14 @@ class QuantPlan:
         groups = {**self.groups, key: replace(item, group=group, placement=PRESCALE)}
         return replace(self, linears=linears, groups=groups)
 
+    def folds_lost_from(self, planned: QuantPlan) -> dict[str, str]:
+        """Why groups that fold in the plan `planned` do not fold in this one, by group key."""
+        return {
+            key: self.groups[key].group.fold_problem
+            for key, item in planned.groups.items()
+            if item.placement == FOLD and self.groups[key].placement != FOLD
+        }
+
     def with_ranges(self, ranges: Mapping[str, tuple[float, float]], observer: str) -> QuantPlan:
         """The same plan with other activation ranges (of the smoothed inputs).
 

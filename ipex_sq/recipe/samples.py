@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ipex_sq.recipe.hooks import hooked
 from ipex_sq.recipe.plan import SmoothGroup
 
 MOST_ROWS = 512
@@ -111,13 +112,9 @@ def record_samples(
     """
     recorder = SampleRecorder(groups, min(1.0, MOST_ROWS / max(tokens, 1)))
     modules: Mapping[str, nn.Module] = dict(model.named_modules())
-    handles = [
+    with hooked(
         modules[name].register_forward_hook(recorder.hook_for(group, name))
         for group in groups
         for name in group.readers
-    ]
-    try:
+    ):
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()

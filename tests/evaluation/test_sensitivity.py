@@ -7,8 +7,8 @@ from conftest import logits_of
 
 from ipex_sq.backends.quantization import plan
 from ipex_sq.config import QuantConfig
-from ipex_sq.evaluation.families import sqnr_db
 from ipex_sq.evaluation.sensitivity import rank_linears
+from ipex_sq.evaluation.sqnr import sqnr_db
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing
 from ipex_sq.models.tiny import tiny_model
