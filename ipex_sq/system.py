@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 VERSIONED_PACKAGES = (
     "torch",
@@ -105,7 +106,17 @@ def package_versions() -> dict[str, str]:
 
 def command_line() -> str:
     """The command that runs, the script by its name only: paths of a machine tell nobody else."""
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    script = Path(sys.argv[0]).name.replace("__main__.py", "-m ipex_sq")
+    return " ".join(["python", script, *sys.argv[1:]])
+
+
+def provenance() -> dict[str, Any]:
+    """What every result carries about its making: `system`, `versions` and `command`."""
+    return {
+        "system": SystemCard.read().as_dict(),
+        "versions": package_versions(),
+        "command": command_line(),
+    }
 
 
 def reset_peak_rss() -> None:

@@ -34,6 +34,8 @@ class QuantizedModel:
         alpha: SmoothQuant's alpha, "auto" where each smooth group has its own, or None.
         int8_linears: Linears that run in int8.
         smoothing_change: Largest relative change that smoothing made in float.
+        undone_folds: Folds that changed the float model and became pre-scales: what they changed,
+            by group.
         seconds: Of each step.
     """
 
@@ -44,6 +46,7 @@ class QuantizedModel:
     alpha: float | str | None
     int8_linears: int
     smoothing_change: float = 0.0
+    undone_folds: Mapping[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -60,6 +63,29 @@ def plan(model: nn.Module, stats: ActStats, config: QuantConfig = QuantConfig())
     if isinstance(backend, IncBackend):
         raise ConfigError("backend 'inc' has a recipe of its own and no plan")
     return make_plan(stats, weights, rounding(config, backend))  # type: ignore[arg-type]
+
+
+def check_config(config: QuantConfig) -> None:
+    """Refuse, before any work, what the backend of `config` cannot do.
+
+    Raises:
+        BackendUnavailableError: It cannot run here.
+        ConfigError: It has no such recipe.
+    """
+    backend = choose_backend(config.backend).backend
+    if config.max_drop is not None and config.observer != "minmax":
+        raise ConfigError("--max_drop goes with --observer minmax")
+    if not isinstance(backend, IncBackend):
+        rounding(config, backend)
+    elif (
+        config.observer != "minmax"
+        or config.activations not in (None, STATIC)
+        or config.max_drop is not None
+    ):
+        raise ConfigError(
+            "backend 'inc' runs its published recipe only: --observer minmax, --activations "
+            "static, no --max_drop"
+        )
 
 
 def rounding(config: QuantConfig, backend: Backend) -> Rounding:
@@ -114,6 +140,7 @@ def quantize_model(
 
     `decided` is executed instead of a plan made from `config`.
     """
+    check_config(config)
     choice = choose_backend(config.backend)
     dtype = config.dtype or choice.backend.float_dtype
     if config.max_drop is not None and decided is None:
@@ -152,7 +179,8 @@ def _quantize_with_plan(
     with _timed(seconds, "plan"):
         decided = settings.decided or plan(model, stats, config)
     with _timed(seconds, "smooth"):
-        decided, change = apply_smoothing(model, decided, stats.example)
+        smoothed, change = apply_smoothing(model, decided, stats.example)
+    undone, decided = smoothed.folds_lost_from(decided), smoothed
     if config.observer != "minmax" and not isinstance(batches, ActStats):
         with _timed(seconds, "observe"):
             ranges = clipped_ranges(model, decided, batches, config)
@@ -169,6 +197,7 @@ def _quantize_with_plan(
         alpha=decided.alpha,
         int8_linears=len(decided.int8_names),
         smoothing_change=change,
+        undone_folds=undone,
         seconds=seconds,
     )
 
@@ -181,8 +210,6 @@ def _quantize_with_inc(
 ) -> QuantizedModel:
     if isinstance(batches, ActStats):
         raise ConfigError("backend 'inc' calibrates by itself: pass the batches")
-    if config.observer != "minmax" or config.activations not in (None, STATIC):
-        raise ConfigError("backend 'inc' runs its published recipe only: minmax, static")
     alpha = DEFAULT_ALPHA if config.searches_alpha else config.alpha
     strength = None if alpha is None else float(alpha)
     seconds: dict[str, float] = {}

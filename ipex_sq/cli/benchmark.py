@@ -60,7 +60,7 @@ def command(arguments: Sequence[str]) -> None:
         int8_quants,
     )
     from ipex_sq.report.latency import latency_report
-    from ipex_sq.system import SystemCard, command_line, package_versions
+    from ipex_sq.system import provenance
 
     label = ("int8+sq" if flags.sq else "int8",)
     quants = int8_quants(backends_to_compare(flags.backend), label) if flags.int8 else []
@@ -69,9 +69,7 @@ def command(arguments: Sequence[str]) -> None:
     add_speedups(rows)
     result = {
         "model": model.model_name_or_path,
-        "system": SystemCard.read().as_dict(),
-        "versions": package_versions(),
-        "command": command_line(),
+        **provenance(),
         "config": asdict(config),
         "results": rows,
     }

@@ -132,10 +132,13 @@ def _check(flags: argparse.Namespace) -> None:
         raise ConfigError("--alpha belongs to SmoothQuant: add --int8 --sq")
     if flags.kl:
         flags.observer = "kl"
-    if flags.observer != QuantConfig.observer and not (flags.int8 or flags.compare):
-        raise ConfigError("--kl and --observer belong to INT8: add --int8")
-    if flags.max_drop is not None and not (flags.int8 or flags.compare):
-        raise ConfigError("--max_drop belongs to INT8: add --int8")
+    if not (flags.int8 or flags.compare):
+        for name in ("observer", "percentile", "activations", "max_drop"):
+            if getattr(flags, name) != getattr(QuantConfig, name):
+                flag = "kl" if flags.kl and name == "observer" else name
+                raise ConfigError(f"--{flag} belongs to INT8: add --int8")
+    if flags.percentile != QuantConfig.percentile and flags.observer != "percentile":
+        raise ConfigError("--percentile belongs to --observer percentile")
     if flags.output_dir is not None and not flags.int8:
         raise ConfigError("--output_dir saves one int8 model: add --int8")
     if "," in flags.backend and not flags.compare:
@@ -143,7 +146,8 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 def _runs(flags: argparse.Namespace) -> list[Any]:
-    from ipex_sq.backends.registry import backends_to_compare, choose_backend
+    from ipex_sq.backends.quantization import check_config
+    from ipex_sq.backends.registry import backends_to_compare
     from ipex_sq.evaluation.experiment import Run
 
     alpha = QuantConfig.alpha if flags.alpha is None else flags.alpha
@@ -152,13 +156,14 @@ def _runs(flags: argparse.Namespace) -> list[Any]:
         for name in backends_to_compare(flags.backend):
             for label, strength in (("int8", None), ("int8+sq", alpha)):
                 quant = build(QuantConfig, flags, backend=name, alpha=strength)
+                check_config(quant)  # fail before any model is loaded
                 runs.append(Run(label, quant=quant))
         return runs
     if not flags.int8:
         dtype = flags.dtype or "fp32"
         return [Run(dtype, dtype)]
     quant = build(QuantConfig, flags, alpha=alpha if flags.sq else None)
-    choose_backend(quant.backend)  # fail before the model is loaded
+    check_config(quant)
     return [Run("int8+sq" if flags.sq else "int8", quant=quant)]
 
 
@@ -181,7 +186,7 @@ def _output_folder(flags: argparse.Namespace, runs: list[Any]) -> Path | None:
 
 def _document(model: str, texts: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from ipex_sq.evaluation.experiment import describe
-    from ipex_sq.system import SystemCard, command_line, package_versions
+    from ipex_sq.system import provenance
 
     evaluated = describe(texts.evaluation)
     calibrated = describe(texts.calibration) if texts.calibration else None
@@ -193,9 +198,7 @@ def _document(model: str, texts: Any, rows: list[dict[str, Any]]) -> dict[str, A
         "dataset_sha256": evaluated["sha256"],
         "rows": evaluated["rows"],
         "calibration": calibrated,
-        "system": SystemCard.read().as_dict(),
-        "versions": package_versions(),
-        "command": command_line(),
+        **provenance(),
         "results": rows,
     }
 

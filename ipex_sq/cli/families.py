@@ -44,14 +44,10 @@ def command(arguments: Sequence[str]) -> None:
     from ipex_sq.evaluation.families import family_row
     from ipex_sq.models.tiny import FAMILIES
     from ipex_sq.report.tables import markdown_table
-    from ipex_sq.system import SystemCard, package_versions
+    from ipex_sq.system import provenance
 
     rows = [family_row(family) for family in tqdm(FAMILIES, disable=None, leave=False)]
-    result = {
-        "system": SystemCard.read().as_dict(),
-        "versions": package_versions(),
-        "results": rows,
-    }
+    result = {**provenance(), "results": rows}
     show(markdown_table(HEADER, [_cells(row) for row in rows]), result, output)
 
 

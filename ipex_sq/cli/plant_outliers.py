@@ -52,6 +52,7 @@ def command(arguments: Sequence[str]) -> None:
     from ipex_sq.data.lambada import load_lambada
     from ipex_sq.models.loading import load_model
     from ipex_sq.models.planting import plant_outliers
+    from ipex_sq.system import provenance
 
     model, tokenizer = load_model(flags.model)
     texts = load_lambada(EMBEDDED, purpose="calibration").documents[:1]
@@ -63,7 +64,13 @@ def command(arguments: Sequence[str]) -> None:
         tokenizer.save_pretrained(scratch)
 
     replace_folder(folder, write)
-    result = {"model": flags.model, "folder": str(folder), **asdict(planted)}
+    result = {
+        "model": flags.model,
+        "folder": str(folder),
+        **provenance(),
+        "config": asdict(config),
+        "results": [asdict(planted)],
+    }
     table = (
         f"{folder}: {config.channels} channels of {len(planted.norms)} norms are {config.factor:g} "
         f"times larger; largest change of a logit {planted.float_change:g}"

@@ -61,7 +61,7 @@ def command(arguments: Sequence[str]) -> None:
     from ipex_sq.evaluation.experiment import describe, load_texts
     from ipex_sq.evaluation.sensitivity import measure_sensitivity
     from ipex_sq.report.tables import format_table
-    from ipex_sq.system import SystemCard, command_line, package_versions
+    from ipex_sq.system import provenance
 
     texts = load_texts(replace(data, limit=1), calibrate=True).calibration
     assert texts is not None  # noqa: S101
@@ -72,9 +72,7 @@ def command(arguments: Sequence[str]) -> None:
         "alpha": alpha,
         "texts": flags.texts,
         "calibration": describe(texts),
-        "system": SystemCard.read().as_dict(),
-        "versions": package_versions(),
-        "command": command_line(),
+        **provenance(),
         "results": rows,
     }
     header = ("Linear", "mode", "block SQNR dB", "logits SQNR dB", "KL nats")

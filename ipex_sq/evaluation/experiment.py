@@ -10,7 +10,7 @@ from torch import nn
 
 from ipex_sq.backends.base import DTYPES, Backend
 from ipex_sq.backends.inc import IncBackend
-from ipex_sq.backends.quantization import QuantizedModel, quantize_model, rounding
+from ipex_sq.backends.quantization import QuantizedModel, check_config, quantize_model, rounding
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.config import DataConfig, EvaluationConfig, ModelConfig, QuantConfig
 from ipex_sq.data.calibration import calibration_batches, choose_texts
@@ -130,9 +130,8 @@ class Experiment:
             texts.documents, tokenizer, max_tokens=self._data.calib_max_tokens
         )
         source = describe(texts)
+        check_config(quant)
         if quant.backend == IncBackend.name or quant.observer != "minmax":
-            if quant.max_drop is not None:
-                raise ConfigError("--max_drop goes with the minmax observer and our own backends")
             return quantize_model(model, batches, quant, source=source)
         if self._stats is None:
             self._stats = calibrate(model, batches, source, samples=False)
@@ -221,6 +220,7 @@ def _int8_description(quantized: QuantizedModel, quant: QuantConfig) -> dict[str
         "float_reasons": reasons,
         "smooth_groups": plan.placements if plan else {},
         "smoothing_change": quantized.smoothing_change,
+        "undone_folds": dict(quantized.undone_folds),
         "quantize_s": sum(quantized.seconds.values()),
         "seconds": quantized.seconds,
     }

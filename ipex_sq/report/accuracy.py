@@ -88,6 +88,8 @@ def _run_note(row: dict[str, Any]) -> str:
         smoothing = f"; smooth groups: {counts}; float change {row['smoothing_change']:.1e}"
     if row["expected_kl"] is not None:
         smoothing += f"; expected KL to fp32 {row['expected_kl']:.3f} nats a token"
+    for problem in row["undone_folds"].values():
+        smoothing += f"; pre-scaled instead: {problem}"
     per_token = ", ".join(f"{count} {why}" for why, count in row["dynamic_reasons"].items())
     return (
         f"{row['label']} {row['backend']} ({row['backend_why']}): {row['kernels']}, "

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TEXTS
 
+from ipex_sq.backends.native import NativeBackend
 from ipex_sq.cli import benchmark, eval_lambada
 from ipex_sq.cli.running import run
 from ipex_sq.config import DataConfig, QuantConfig
@@ -56,6 +57,9 @@ BAD_FLAGS = [
     (["--sq"], "add --int8"),
     (["--int8", "--alpha", "0.5"], "add --int8 --sq"),
     (["--kl"], "add --int8"),
+    (["--activations", "dynamic"], "--activations belongs to INT8"),
+    (["--int8", "--percentile", "99"], "belongs to --observer percentile"),
+    (["--int8", "--max_drop", "1.02x", "--kl"], "goes with --observer minmax"),
     (["--int8", "--backend", "natve"], "did you mean 'native'"),
     (["--compare", "--backend", "native,ipx"], "did you mean 'ipex'"),
     (["--int8", "--backend", "native,ipex"], "--compare"),
@@ -76,6 +80,15 @@ BAD_FLAGS = [
 def test_bad_flags(flags, message, folder, capsys):
     keep = [] if "--dataset" in flags else base_flags(folder)
     assert message in fails(capsys, [*keep, *flags])
+
+
+def test_what_a_backend_cannot_do_is_refused_before_any_model_is_loaded(
+    folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(NativeBackend, "rounds_tokens", False)
+    monkeypatch.setattr("ipex_sq.evaluation.experiment.load_model", lambda *_a, **_k: 1 / 0)
+    flags = [*base_flags(folder), "--compare", "--backend", "reference,native"]
+    assert "rounds per tensor only" in fails(capsys, [*flags, "--activations", "mixed"])
 
 
 @pytest.mark.parametrize(

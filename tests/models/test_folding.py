@@ -5,7 +5,7 @@ import torch
 from conftest import logits_of, relative_error
 from torch import nn
 
-from ipex_sq.backends.quantization import plan
+from ipex_sq.backends.quantization import plan, quantize_model
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CalibrationError, NumericalCheckError
 from ipex_sq.models import folding
@@ -110,6 +110,20 @@ def test_a_wrong_fold_is_caught_and_replaced_by_a_pre_scale(key, changes, batche
     assert carried_out.groups[key].placement == "prescale"
     assert "the fold changed" in carried_out.groups[key].group.fold_problem
     assert carried_out.placements["prescale"] == 1
+
+
+def test_an_undone_fold_is_reported(batches):
+    model = tiny_model("llama")
+    stats = calibrate(model, batches)
+    config = QuantConfig(alpha=0.5, backend="reference")
+    wrong = _broken(
+        plan(model, stats, config), ATTENTION, producer="model.layers.0.post_attention_layernorm"
+    )
+    undone = quantize_model(model, stats, config, decided=wrong).undone_folds
+    assert list(undone) == [ATTENTION]
+    assert "the fold changed" in undone[ATTENTION]
+    right = quantize_model(tiny_model("llama"), stats, config)
+    assert not right.undone_folds
 
 
 def test_smoothing_that_no_pre_scale_mends_is_refused(batches):
