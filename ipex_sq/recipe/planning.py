@@ -124,7 +124,7 @@ def make_plan(
         search = _search(inputs, wanted)
     modes = wanted.modes if search is None else tuple(search.kl)
     alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in modes}
-    mixed = search is not None and wanted.activations == MIXED
+    mixed = wanted.activations == MIXED and DYNAMIC_INT8 in modes
     massive = massive_groups(stats.groups, search, alphas) if search and mixed else set()
     groups, linears = {}, dict[str, LinearPlan]()
     for name, reason in stats.float_reasons.items():
@@ -161,7 +161,8 @@ def search_costs(
         CalibrationError: The statistics hold no samples.
     """
     sampled = _sampled(_inputs(stats, weights, wanted))
-    return search_alpha(sampled, wanted.grid, modes, progress=_bar)
+    refine = wanted.alpha == AUTO
+    return search_alpha(sampled, wanted.grid, modes, refine=refine, progress=_bar)
 
 
 def _mode(key: str, wanted: Rounding, massive: set[str]) -> tuple[str, str]:
@@ -219,13 +220,16 @@ def _sampled(inputs: Mapping[str, GroupInputs]) -> dict[str, GroupInputs]:
 def _search(inputs: Mapping[str, GroupInputs], wanted: Rounding) -> AlphaSearch:
     sampled = _sampled(inputs)
     first, *others = wanted.modes
-    found = search_alpha(sampled, wanted.grid, (first,), progress=_bar)
+    refine = wanted.alpha == AUTO
+    found = search_alpha(sampled, wanted.grid, (first,), refine=refine, progress=_bar)
     for mode in others:
         # A group that costs less than the least saving cannot gain it.
-        costs = found.kl[first]
-        worth = {key: item for key, item in sampled.items() if min(costs[key]) >= LEAST_SAVING}
-        more = search_alpha(worth, wanted.grid, (mode,), progress=_bar)
-        found = AlphaSearch(wanted.grid, {**found.kl, **more.kl})
+        least = {key: min(costs.values()) for key, costs in found.kl[first].items()}
+        worth = {key: item for key, item in sampled.items() if least[key] >= LEAST_SAVING}
+        if not worth:
+            break
+        more = search_alpha(worth, wanted.grid, (mode,), refine=refine, progress=_bar)
+        found = AlphaSearch({**found.kl, **more.kl})
     return found
 
 

@@ -20,7 +20,7 @@ def _group(seed, outlier):
 
 
 def costs_of(group, grid, mode=STATIC_INT8):
-    return group_costs(group, grid, (mode,))[mode]
+    return list(group_costs(group, grid, (mode,))[mode].values())
 
 
 def test_smoothing_beats_plain_where_a_channel_stands_out():
@@ -39,8 +39,22 @@ def test_each_group_gets_its_own_least_cost_and_the_model_the_least_sum():
     assert separate <= search.total()[search.best_for_all()]
 
 
+def test_a_refined_search_tries_less_and_finds_a_neighbour_of_the_best():
+    groups = {str(seed): _group(seed, outlier=10.0**seed) for seed in range(3)}
+    whole, refined = (search_alpha(groups, refine=refine) for refine in (False, True))
+    for key in groups:
+        tried = refined.kl[STATIC_INT8][key]
+        assert len(tried) <= len(ALPHA_GRID) // 2 + 3
+        assert tried.items() <= whole.kl[STATIC_INT8][key].items()
+        assert set(tried) >= set(ALPHA_GRID[::2])
+        best = ALPHA_GRID.index(refined.best(key))
+        beside = {ALPHA_GRID[i] for i in (best - 1, best + 1) if 0 <= i < len(ALPHA_GRID)}
+        assert beside <= set(tried) or best % 2
+    assert list(refined.total()) == list(ALPHA_GRID[::2])
+
+
 def test_a_group_without_a_sample_takes_the_alpha_of_the_model():
-    search = AlphaSearch((0.5, 0.8), {STATIC_INT8: {"a": (2.0, 1.0)}})
+    search = AlphaSearch({STATIC_INT8: {"a": {0.5: 2.0, 0.8: 1.0}}})
     assert search.best("unseen") == search.best_for_all() == 0.8
     assert search.cost("unseen", 0.8) == 0.0
 
