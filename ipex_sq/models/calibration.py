@@ -15,6 +15,7 @@ from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CalibrationError
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import smoothed_linear
+from ipex_sq.models.onednn import onednn_linears
 from ipex_sq.models.running import run_body
 from ipex_sq.models.sampling import Batch, sample_groups, set_apart
 from ipex_sq.models.topology import find_topology
@@ -58,7 +59,7 @@ def calibrate(
     names = [name for group in topology.groups for name in group.readers]
     linears = {name: model.get_submodule(name) for name in names}
     unsampled, sampled = set_apart(rows)
-    with record_stats(linears) as recorder, torch.no_grad():
+    with onednn_linears(linears.values()), record_stats(linears) as recorder, torch.no_grad():
         for batch in _bar(unsampled, "calibrate"):
             run_body(model, batch)
         without_sampled = recorder.so_far()
@@ -91,7 +92,11 @@ def clipped_ranges(
     """Second pass, over the smoothed model: the clipped range of every static Linear's input."""
     linears = {name: smoothed_linear(model, name) for name in plan.names(STATIC_INT8)}
     ranges = {name: _planned_range(plan, name) for name in linears}
-    with record_histograms(linears, ranges) as histograms, torch.no_grad():
+    with (
+        onednn_linears(linears.values()),
+        record_histograms(linears, ranges) as histograms,
+        torch.no_grad(),
+    ):
         for batch in _bar(batches, f"{config.observer} histograms"):
             run_body(model, _checked(batch))
     return {

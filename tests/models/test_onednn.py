@@ -1,0 +1,45 @@
+"""Linears on oneDNN compute what they did, inside the block only."""
+
+import pytest
+import torch
+from torch import nn
+
+from ipex_sq.models import onednn
+from ipex_sq.models.onednn import onednn_linears
+
+
+class _Odd(nn.Linear):
+    """A subclass may compute anything: it must keep its own forward."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("shape", [(0, 48), (1, 48), (3, 5, 48), (700, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_is_the_same(shape, bias):
+    linear, x = nn.Linear(48, 80, bias=bias), torch.randn(shape)
+    with torch.no_grad():
+        wanted = linear(x)
+        with onednn_linears([linear]):
+            assert "forward" in linear.__dict__
+            got = linear(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert "forward" not in linear.__dict__
+
+
+def test_other_modules_and_large_models_are_left_alone(monkeypatch):
+    modules = [_Odd(4, 4), nn.Linear(4, 4).double(), nn.LayerNorm(4)]
+    with onednn_linears(modules):
+        assert not any("forward" in module.__dict__ for module in modules)
+    monkeypatch.setattr(onednn, "MOST_BYTES", 10)
+    linear = nn.Linear(4, 4)
+    with onednn_linears([linear]):
+        assert "forward" not in linear.__dict__
+
+
+def test_the_block_ends_where_it_raises():
+    linear = nn.Linear(4, 4)
+    with pytest.raises(ZeroDivisionError), onednn_linears([linear]):
+        1 / 0  # noqa: B018
+    assert "forward" not in linear.__dict__
