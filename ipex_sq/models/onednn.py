@@ -31,7 +31,7 @@ def onednn_linears(linears: Iterable[nn.Module]) -> Iterator[None]:
         swapped = []
     try:
         for linear in swapped:
-            linear.forward = _forward(linear)  # type: ignore[method-assign]
+            linear.forward = _forward(linear)  # type: ignore[assignment, method-assign]
         yield
     finally:
         for linear in swapped:

@@ -117,6 +117,7 @@ def search_alpha(
     modes: Sequence[str] = (STATIC_INT8,),
     *,
     refine: bool = False,
+    least_cost: float = 0.0,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> AlphaSearch:
     """Measure the candidates in every group.
@@ -127,47 +128,52 @@ def search_alpha(
         modes: How the input is rounded: "static_int8", "dynamic_int8".
         refine: Try every second alpha, then only those beside the best: two thirds of the work,
             and the sum of the least costs 1 % higher on SmolLM2-135M (docs/log.md).
+        least_cost: Other modes than the first are tried only in groups that cost as much in it.
         progress: Wraps the iteration over group keys, for a progress bar.
     """
     kl: dict[str, dict[str, Costs]] = {mode: {} for mode in modes}
     for key in progress(groups):
-        costs = group_costs(groups[key], grid[::2] if refine else grid, modes)
-        if refine:
-            finer = group_costs(groups[key], _beside_the_best(costs, grid), modes)
-            costs = {mode: costs[mode] | finer[mode] for mode in modes}
+        group = GroupCosts(groups[key])
         for mode in modes:
-            kl[mode][key] = costs[mode]
-    return AlphaSearch(kl)
+            kl[mode][key] = group.refined(grid, mode) if refine else group.over(grid, mode)
+            if min(kl[mode][key].values()) < least_cost:
+                break
+    return AlphaSearch({mode: costs for mode, costs in kl.items() if costs})
 
 
-def _beside_the_best(
-    costs: Mapping[str, Costs], grid: Sequence[float | None]
-) -> list[float | None]:
-    best = {grid.index(min(tried, key=tried.__getitem__)) for tried in costs.values()}
-    return [grid[index] for index in range(len(grid)) if {index - 1, index + 1} & best]
+class GroupCosts:
+    """Expected KL divergence per prediction that int8 costs in one group."""
 
+    def __init__(self, inputs: GroupInputs) -> None:
+        """`inputs` hold a sample."""
+        assert inputs.sample is not None  # noqa: S101
+        self._inputs, self._sample = inputs.without_sampled_texts(), inputs.sample
+        self._stacked = torch.cat(list(inputs.weights))
+        outputs = self._sample.inputs @ self._stacked.T
+        self._wanted = outputs.mul_(self._sample.gradients).sum(dim=1)
 
-def group_costs(
-    inputs: GroupInputs, grid: Sequence[float | None], modes: Sequence[str] = (STATIC_INT8,)
-) -> dict[str, Costs]:
-    """Expected KL divergence per prediction of one group's int8 Linears, by mode, at each alpha."""
-    inputs, sample = inputs.without_sampled_texts(), inputs.sample
-    assert sample is not None  # noqa: S101
-    stacked = torch.cat(list(inputs.weights))
-    wanted = ((sample.inputs @ stacked.T) * sample.gradients).sum(dim=1)
-    costs: dict[str, Costs] = {mode: {} for mode in modes}
-    for alpha in grid:
+    def over(self, alphas: Iterable[float | None], mode: str) -> Costs:
+        """The cost of every alpha, the input rounded as `mode` says."""
+        return {alpha: self._at(alpha, mode) for alpha in alphas}
+
+    def refined(self, grid: Sequence[float | None], mode: str) -> Costs:
+        """The same for every second alpha of `grid` and the two beside the best of them."""
+        costs = self.over(grid[::2], mode)
+        best = grid.index(min(costs, key=costs.__getitem__))
+        beside = [index for index in (best - 1, best + 1) if 0 <= index < len(grid)]
+        return costs | self.over((grid[index] for index in beside), mode)
+
+    def _at(self, alpha: float | None, mode: str) -> float:
+        inputs, sample = self._inputs, self._sample
         scale, channels = (None, None) if alpha is None else inputs.smoothing(alpha)
         rows = sample.inputs if scale is None else sample.inputs / scale
-        weight = smoothed_weight(stacked, scale, channels)
+        weight = smoothed_weight(self._stacked, scale, channels)
         steps = weight_scale(weight)
+        levels, zero_point, step = round_rows(rows, inputs.stats, scale, mode)
         weight_levels = quantize_weight(weight, steps)
-        for mode in modes:
-            levels, zero_point, step = round_rows(rows, inputs.stats, scale, mode)
-            sums = int8_sums(append_copies(levels, channels), zero_point, weight_levels)
-            projected = sums.mul_(steps).mul_(step).mul_(sample.gradients).sum(dim=1)
-            costs[mode][alpha] = sample.expected_kl(projected - wanted)
-    return costs
+        sums = int8_sums(append_copies(levels, channels), zero_point, weight_levels)
+        projected = sums.mul_(steps).mul_(step).mul_(sample.gradients).sum(dim=1)
+        return sample.expected_kl(projected - self._wanted)
 
 
 def round_rows(

@@ -121,7 +121,8 @@ def make_plan(
     """
     inputs = _inputs(stats, weights, wanted)
     if search is None and wanted.needs_samples:
-        search = _search(inputs, wanted)
+        # A group that costs less than the least saving in one mode cannot gain it in the other.
+        search = _search(inputs, wanted, wanted.modes, least_cost=LEAST_SAVING)
     modes = wanted.modes if search is None else tuple(search.kl)
     alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in modes}
     mixed = wanted.activations == MIXED and DYNAMIC_INT8 in modes
@@ -160,9 +161,7 @@ def search_costs(
     Raises:
         CalibrationError: The statistics hold no samples.
     """
-    sampled = _sampled(_inputs(stats, weights, wanted))
-    refine = wanted.alpha == AUTO
-    return search_alpha(sampled, wanted.grid, modes, refine=refine, progress=_bar)
+    return _search(_inputs(stats, weights, wanted), wanted, modes, least_cost=0.0)
 
 
 def _mode(key: str, wanted: Rounding, massive: set[str]) -> tuple[str, str]:
@@ -217,20 +216,13 @@ def _sampled(inputs: Mapping[str, GroupInputs]) -> dict[str, GroupInputs]:
     return found
 
 
-def _search(inputs: Mapping[str, GroupInputs], wanted: Rounding) -> AlphaSearch:
-    sampled = _sampled(inputs)
-    first, *others = wanted.modes
-    refine = wanted.alpha == AUTO
-    found = search_alpha(sampled, wanted.grid, (first,), refine=refine, progress=_bar)
-    for mode in others:
-        # A group that costs less than the least saving cannot gain it.
-        least = {key: min(costs.values()) for key, costs in found.kl[first].items()}
-        worth = {key: item for key, item in sampled.items() if least[key] >= LEAST_SAVING}
-        if not worth:
-            break
-        more = search_alpha(worth, wanted.grid, (mode,), refine=refine, progress=_bar)
-        found = AlphaSearch({**found.kl, **more.kl})
-    return found
+def _search(
+    inputs: Mapping[str, GroupInputs], wanted: Rounding, modes: Sequence[str], *, least_cost: float
+) -> AlphaSearch:
+    refine, groups = wanted.alpha == AUTO, _sampled(inputs)
+    return search_alpha(
+        groups, wanted.grid, modes, refine=refine, least_cost=least_cost, progress=_bar
+    )
 
 
 def _alphas(

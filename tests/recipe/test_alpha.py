@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ipex_sq.recipe.alpha import ALPHA_GRID, AlphaSearch, GroupInputs, group_costs, search_alpha
+from ipex_sq.recipe.alpha import ALPHA_GRID, AlphaSearch, GroupCosts, GroupInputs, search_alpha
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8
 from ipex_sq.recipe.samples import GroupSample
@@ -20,7 +20,7 @@ def _group(seed, outlier):
 
 
 def costs_of(group, grid, mode=STATIC_INT8):
-    return list(group_costs(group, grid, (mode,))[mode].values())
+    return list(GroupCosts(group).over(grid, mode).values())
 
 
 def test_smoothing_beats_plain_where_a_channel_stands_out():
