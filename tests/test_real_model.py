@@ -26,7 +26,7 @@ DOCUMENTS = load_lambada("embedded").documents[:96]
 def stats():
     model, tokenizer = load_model()
     texts = load_lambada("embedded", purpose="calibration").documents
-    chosen = choose_texts(texts, DataConfig(calib_samples=64))
+    chosen = choose_texts(texts, 64, DataConfig.seed)
     return calibrate(model, calibration_batches(chosen, tokenizer))
 
 

@@ -25,7 +25,8 @@ from ipex_sq.backends.ipex import (
     quiet,
     tracing_inputs,
 )
-from ipex_sq.models.sampling import Batch, rows_of
+from ipex_sq.models.running import run_model
+from ipex_sq.recipe.batching import Batch, rows_of
 
 PACKAGE = "neural_compressor_pt"
 DEFAULT_ALPHA = 0.5
@@ -33,32 +34,41 @@ DEFAULT_ALPHA = 0.5
 
 
 class TracedModel(nn.Module):
-    """A traced causal language model behind the call that the evaluation makes."""
+    """A traced model behind the call that the evaluations make."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, inputs: Sequence[str]) -> None:
         super().__init__()
         self.graph = graph
+        self.inputs = tuple(inputs)
         self.int8_linears = count_int8_linears(graph)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        use_cache: bool = False,
     ) -> tuple[Tensor]:
-        """Map `[batch, tokens]` ids and mask to logits `[batch, tokens, vocabulary]`."""
+        """Map ids and mask, `[batch, tokens]`, to logits."""
         del use_cache
-        outputs = self.graph(input_ids, attention_mask)
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": types,
+        }
+        outputs = self.graph(*(given[name] for name in self.inputs))
         return (outputs if isinstance(outputs, Tensor) else outputs[0],)
 
 
 class _Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[str]) -> None:
         super().__init__()
         self.model = model
+        self.inputs = tuple(inputs)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        logits: Tensor = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=False
-        )[0]
-        return logits
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return run_model(self.model, dict(zip(self.inputs, tensors, strict=True)))
 
 
 class IncBackend:
@@ -91,7 +101,9 @@ class IncBackend:
         """
         # It keeps its state in a file of the working directory.
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), _silenced():
-            return TracedModel(_quantize(_Logits(model).eval(), batches, alpha))
+            names, _ = tracing_inputs(batches[0])
+            graph = _quantize(_Logits(model, names).eval(), batches, alpha)
+            return TracedModel(graph, names)
 
 
 def _quantize(model: nn.Module, batches: Sequence[Batch], alpha: float | None) -> Any:
@@ -104,7 +116,7 @@ def _quantize(model: nn.Module, batches: Sequence[Batch], alpha: float | None) -
     )
 
     config = get_default_static_config() if alpha is None else SmoothQuantConfig(alpha=alpha)
-    inputs = tracing_inputs(batches[0])
+    _, inputs = tracing_inputs(batches[0])
 
     texts = [row for batch in batches for row in rows_of(batch)]
 
@@ -118,11 +130,11 @@ def _quantize(model: nn.Module, batches: Sequence[Batch], alpha: float | None) -
         return convert(prepared)
 
 
-def _padded(batch: Batch) -> tuple[Tensor, Tensor]:
+def _padded(batch: Batch) -> tuple[Tensor, ...]:
     """One padding token behind every row: its calibration must see the operators of the trace."""
-    ids = torch.nn.functional.pad(batch["input_ids"], (0, 1))
-    mask = torch.nn.functional.pad(torch.ones_like(batch["input_ids"]), (0, 1))
-    return ids, mask
+    names, _ = tracing_inputs(batch)
+    whole = {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
+    return tuple(torch.nn.functional.pad(whole[name], (0, 1)) for name in names)
 
 
 @contextlib.contextmanager

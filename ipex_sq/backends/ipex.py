@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ipex_sq.backends.base import DTYPES, Backend, Example
 from ipex_sq.errors import NumericalCheckError
-from ipex_sq.models.body import BodyForTracing, replace_body
+from ipex_sq.models.body import BodyForTracing, ReplacedBody, replace_body
 from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.recipe.plan import LinearPlan, QuantPlan
 from ipex_sq.recipe.splitting import append_copies
@@ -91,21 +91,21 @@ class IpexBackend(Backend):
 
     def lower(self, model: nn.Module, plan: QuantPlan, example: Example, dtype: str) -> nn.Module:
         """Prepare, write the plan into IPEX's settings, convert, trace, freeze."""
-        inputs = tracing_inputs(example)
+        names, inputs = tracing_inputs(example)
         for name in plan.int8_names:
             prescale = plan.prescale_of(name)
             if prescale is None or prescale.divisor is None:
                 linear = smoothed_linear(model, name)
                 channels = None if prescale is None else prescale.channels
                 replace_module(model, name, Fp32Input(linear, channels))
-        body = BodyForTracing(model.base_model).eval()  # type: ignore[arg-type]
+        body = BodyForTracing(model.base_model, names).eval()  # type: ignore[arg-type]
         with quiet(), torch.no_grad(), _autocast(dtype):
             frozen = _graph(body, plan, inputs, str(model.base_model_prefix))
         # Outside autocast, as it will be called: the executor profiles each setting anew, and
         # until then bf16 bits differ from call to call.
         with quiet():
             warm_up(frozen, inputs)
-        return replace_body(model, frozen, DTYPES[dtype])
+        return replace_body(model, ReplacedBody(frozen, DTYPES[dtype], names))
 
 
 def _graph(body: nn.Module, plan: QuantPlan, inputs: tuple[Any, ...], prefix: str) -> Any:
@@ -144,8 +144,8 @@ def _reads_int8(value: Any) -> bool:
     return str(node.kind()) == "aten::dequantize"
 
 
-def tracing_inputs(example: Example) -> tuple[Tensor, Tensor]:
-    """Two rows of the example, one of them padded.
+def tracing_inputs(example: Example) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    """Names and tensors of two rows of the example, one of them padded.
 
     Without padding transformers drops the mask while IPEX prepares but builds it while torch
     traces, and the two would see different operators.
@@ -153,7 +153,10 @@ def tracing_inputs(example: Example) -> tuple[Tensor, Tensor]:
     ids = example["input_ids"][:1].repeat(2, 1)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0
-    return ids, mask
+    given = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in example:
+        given["token_type_ids"] = example["token_type_ids"][:1].repeat(2, 1)
+    return tuple(given), tuple(given.values())
 
 
 def warm_up(graph: Any, inputs: tuple[Any, ...]) -> Any:

@@ -17,7 +17,7 @@ from ipex_sq.config import MIXED, STATIC, QuantConfig
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.calibration import calibrate, clipped_ranges
 from ipex_sq.models.folding import apply_smoothing, correct_biases
-from ipex_sq.models.sampling import Batch
+from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.planning import ActStats, Rounding, make_plan
 
@@ -189,6 +189,7 @@ def _quantize_with_plan(
     with _timed(seconds, "lower"):
         lowered = backend.lower(model, decided, stats.example, dtype)
     lowered.quant_plan = decided  # type: ignore[assignment]
+    lowered.quant_dtype = dtype  # type: ignore[assignment]
     return QuantizedModel(
         model=lowered,
         plan=decided,

@@ -139,8 +139,8 @@ def _float_model(model: nn.Module, contender: Contender) -> nn.Module:
 
 def _calibration(tokenizer: Any) -> list[dict[str, Tensor]]:
     texts = load_lambada("embedded", purpose="calibration").documents
-    config = DataConfig(calib_samples=LATENCY_CALIBRATION_TEXTS)
-    return calibration_batches(choose_texts(texts, config), tokenizer)
+    chosen = choose_texts(texts, LATENCY_CALIBRATION_TEXTS, DataConfig.seed)
+    return calibration_batches(chosen, tokenizer)
 
 
 def _milliseconds(call: Callable[[], Tensor]) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 from ipex_sq.errors import CheckpointError, ConfigError
 
 MANIFEST = "ipex_sq.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def check_writable(folder: Path) -> None:

@@ -20,7 +20,7 @@ from ipex_sq.checkpoint.folders import read_manifest, replace_folder, write_mani
 from ipex_sq.errors import CheckpointError, ConfigError
 from ipex_sq.models.body import ReplacedBody, replace_body
 from ipex_sq.models.folding import replace_module
-from ipex_sq.models.loading import skeleton
+from ipex_sq.models.loading import skeleton, task_of
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.plan_files import plan_from_json, plan_tensors, plan_to_json
 from ipex_sq.system import package_versions
@@ -82,13 +82,14 @@ def load(folder: str | Path) -> nn.Module:
     _check_transformers(manifest)
     _check_digests(source, manifest)
     plan = load_plan(source)
-    model = skeleton(source, manifest["attention"])
+    model = skeleton(source, manifest["attention"], manifest["task"])
     tensors = _read_tensors(source / WEIGHTS)
     if manifest["backend"] == IpexBackend.name:
-        model = _load_ipex(model, source, (tensors, manifest["dtype"]))
+        model = _load_ipex(model, source, (tensors, manifest))
     else:
         model = _load_native(model, plan, (tensors, manifest["dtype"]))
     model.quant_plan = plan  # type: ignore[assignment]
+    model.quant_dtype = manifest["dtype"]
     return model.eval()
 
 
@@ -137,12 +138,14 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _manifest(model: nn.Module, kind: str, folder: Path) -> dict[str, Any]:
     files = sorted(path.name for path in folder.iterdir() if path.suffix in {".safetensors", ".pt"})
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
     config: Any = model.config
+    body: Any = model.base_model
     return {
         "backend": kind,
+        "task": task_of(model),
         "attention": config._attn_implementation,
-        "dtype": next(key for key, value in DTYPES.items() if value == head.weight.dtype),
+        "dtype": model.quant_dtype,
+        "inputs": list(body.inputs) if kind == IpexBackend.name else None,
         "versions": package_versions(),
         "sha256": {name: _sha256(folder / name) for name in files},
     }
@@ -198,14 +201,16 @@ def _load_native(
     return finish_native(model, plan, dtype)
 
 
-def _load_ipex(model: nn.Module, folder: Path, content: tuple[dict[str, Tensor], str]) -> nn.Module:
-    tensors, dtype = content
+def _load_ipex(
+    model: nn.Module, folder: Path, content: tuple[dict[str, Tensor], dict[str, Any]]
+) -> nn.Module:
+    tensors, manifest = content
     ids = torch.ones(1, 8, dtype=torch.long)
-    inputs = tracing_inputs({"input_ids": ids, "attention_mask": ids})
+    names, inputs = tracing_inputs(dict.fromkeys(manifest["inputs"], ids))
     graph = warm_up(load_graph(folder / GRAPH), inputs)
     setattr(model, str(model.base_model_prefix), nn.Identity())
     _assign(model, tensors)
-    return replace_body(model, graph, DTYPES[dtype])
+    return replace_body(model, ReplacedBody(graph, DTYPES[manifest["dtype"]], names))
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -101,7 +101,8 @@ def command(arguments: Sequence[str]) -> None:
     folder = _output_folder(flags, runs)
     check_output(flags.output)
 
-    from ipex_sq.evaluation.experiment import Experiment, load_texts, pair
+    from ipex_sq.evaluation.experiment import Experiment, load_texts
+    from ipex_sq.evaluation.runs import pair
 
     texts = load_texts(data, calibrate=any(run.quant for run in runs))
     experiment = Experiment(texts, model, data, evaluation=evaluation)
@@ -148,7 +149,7 @@ def _check(flags: argparse.Namespace) -> None:
 def _runs(flags: argparse.Namespace) -> list[Any]:
     from ipex_sq.backends.quantization import check_config
     from ipex_sq.backends.registry import backends_to_compare
-    from ipex_sq.evaluation.experiment import Run
+    from ipex_sq.evaluation.runs import Run
 
     alpha = QuantConfig.alpha if flags.alpha is None else flags.alpha
     if flags.compare:
@@ -185,7 +186,7 @@ def _output_folder(flags: argparse.Namespace, runs: list[Any]) -> Path | None:
 
 
 def _document(model: str, texts: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    from ipex_sq.evaluation.experiment import describe
+    from ipex_sq.evaluation.runs import describe
     from ipex_sq.system import provenance
 
     evaluated = describe(texts.evaluation)

@@ -58,7 +58,8 @@ def command(arguments: Sequence[str]) -> None:
     model, data = build(ModelConfig, flags), build(DataConfig, flags)
     check_output(flags.output)
 
-    from ipex_sq.evaluation.experiment import describe, load_texts
+    from ipex_sq.evaluation.experiment import load_texts
+    from ipex_sq.evaluation.runs import describe
     from ipex_sq.evaluation.sensitivity import measure_sensitivity
     from ipex_sq.report.tables import format_table
     from ipex_sq.system import provenance

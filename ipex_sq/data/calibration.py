@@ -2,65 +2,62 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ipex_sq.config import DataConfig
-from ipex_sq.data.documents import Document
+from ipex_sq.data.documents import Text
 from ipex_sq.errors import DataError
+from ipex_sq.recipe.batching import batch_by_length
 
-MOST_TOKENS_PER_BATCH = 2048
+Item = TypeVar("Item", bound=Text)
 
 
-def choose_texts(documents: Sequence[Document], config: DataConfig) -> list[Document]:
-    """Draw `config.calib_samples` documents by `config.seed`, in the order of the source.
+def choose_texts(texts: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """Draw `count` texts by `seed`, in the order of the source.
 
     Raises:
         DataError: There are fewer than asked for.
     """
-    if len(documents) < config.calib_samples:
+    if len(texts) < count:
         raise DataError(
-            f"--calib_samples asks for {config.calib_samples} texts, the calibration set has "
-            f"{len(documents)}"
+            f"calibration asks for {count} texts, its set has {len(texts)}: pass more texts or ask "
+            "for fewer"
         )
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(len(documents), generator=generator)[: config.calib_samples]
-    return [documents[index] for index in sorted(chosen.tolist())]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(texts), generator=generator)[:count]
+    return [texts[index] for index in sorted(chosen.tolist())]
 
 
 def calibration_batches(
-    documents: Sequence[Document], tokenizer: Any, max_tokens: int = 512
+    documents: Sequence[Text],
+    tokenizer: Any,
+    max_tokens: int = 512,
+    *,
+    inputs: Sequence[str] = ("input_ids", "attention_mask"),
 ) -> list[dict[str, Tensor]]:
     """Tokenize texts and batch rows of equal length, so that none is padded.
 
     Args:
         documents: Texts to calibrate on.
         tokenizer: Called as in evaluation, with its default special tokens.
-        max_tokens: Longer texts are cut at their end.
+        max_tokens: Longer texts are cut to it; special tokens stay.
+        inputs: What the model takes of what the tokenizer gives.
 
     Returns:
-        Batches of `input_ids` and `attention_mask`, `[batch, tokens]`, at least 2 tokens long.
+        Batches of `inputs`, each `[batch, tokens]`, at least 2 tokens long.
 
     Raises:
         DataError: No text, or one that has fewer than two tokens.
     """
     if not documents:
         raise DataError("there are no calibration texts")
-    by_length: dict[int, list[list[int]]] = defaultdict(list)
+    rows = []
     for document in documents:
-        ids = tokenizer(document.text)["input_ids"][:max_tokens]
-        if len(ids) < 2:
+        encoded = tokenizer(document.text, truncation=True, max_length=max_tokens)
+        if len(encoded["input_ids"]) < 2:
             raise DataError(f"calibration text {document.text[:30]!r} has fewer than two tokens")
-        by_length[len(ids)].append(ids)
-    batches = []
-    for length in sorted(by_length, reverse=True):
-        rows = by_length[length]
-        size = max(MOST_TOKENS_PER_BATCH // length, 1)
-        for start in range(0, len(rows), size):
-            ids = torch.tensor(rows[start : start + size])
-            batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    return batches
+        rows.append({key: torch.tensor([encoded[key]]) for key in inputs if key in encoded})
+    return batch_by_length(rows)

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
+from ipex_sq.data.jsonl import read_rows
 from ipex_sq.errors import DataError
+
+
+class Text(Protocol):
+    """Anything that is calibrated or evaluated on."""
+
+    @property
+    def text(self) -> str:
+        """What the model reads."""
+
+    @property
+    def record(self) -> str:
+        """All that a result depends on, for the digest."""
+
+
+Item = TypeVar("Item", bound=Text)
 
 
 @dataclass(frozen=True)
@@ -28,10 +44,15 @@ class Document:
         """The whole passage."""
         return self.context + self.continuation
 
+    @property
+    def record(self) -> str:
+        """The passage: its last word is known from it."""
+        return self.text
+
 
 @dataclass(frozen=True)
-class TextSet:
-    """Documents with their origin.
+class TextSet(Generic[Item]):
+    """Texts with their origin.
 
     Attributes:
         name: What was asked for, such as "lambada" or a file's name.
@@ -42,18 +63,18 @@ class TextSet:
 
     name: str
     split: str
-    documents: tuple[Document, ...]
+    documents: tuple[Item, ...]
     why: str = ""
 
     @property
     def sha256(self) -> str:
-        """Digest of the texts, in order."""
+        """Digest of the texts (and labels), in order."""
         digest = hashlib.sha256()
         for document in self.documents:
-            digest.update(document.text.encode() + b"\n")
+            digest.update(document.record.encode() + b"\n")
         return digest.hexdigest()
 
-    def first(self, count: int | None) -> TextSet:
+    def first(self, count: int | None) -> TextSet[Item]:
         """The set cut to its first `count` documents (None: all)."""
         return self if count is None else replace(self, documents=self.documents[:count])
 
@@ -79,27 +100,10 @@ def read_jsonl(path: Path) -> tuple[Document, ...]:
     Raises:
         DataError: Missing or unreadable file, or a malformed line, named as file:line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    documents = tuple(
-        _document(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
-    )
-    if not documents:
-        raise DataError(f"{path}: no documents")
-    return documents
+    return read_rows(path, _document)
 
 
-def _document(line: str, where: str) -> Document:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+def _document(row: dict[str, Any], where: str) -> Document:
     if isinstance(row.get("text"), str):
         return split_last_word(row["text"], where)
     context, continuation = row.get("context"), row.get("continuation")
@@ -110,7 +114,7 @@ def _document(line: str, where: str) -> Document:
     return Document(context.rstrip(), " " + continuation.strip())
 
 
-def check_disjoint(calibration: Iterable[Document], evaluation: Sequence[Document]) -> None:
+def check_disjoint(calibration: Iterable[Text], evaluation: Sequence[Text]) -> None:
     """Refuse calibration texts that are also evaluated.
 
     Raises:

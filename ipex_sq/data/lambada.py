@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 from ipex_sq.config import EMBEDDED
 from ipex_sq.data.documents import Document, TextSet, read_jsonl, split_last_word
+from ipex_sq.data.hub_sets import hub_rows
 from ipex_sq.errors import DataError, unknown_name
-from ipex_sq.hub import hub_problem
 
 HUB_SETS = {
     "lambada": ("cimec/lambada", {"calibration": "train", "evaluation": "validation"}),
@@ -22,7 +21,7 @@ HUB_SETS = {
 EMBEDDED_FILES = {"calibration": "calibration.jsonl", "evaluation": "cloze.jsonl"}
 
 
-def load_lambada(name: str = "auto", *, purpose: str = "evaluation") -> TextSet:
+def load_lambada(name: str = "auto", *, purpose: str = "evaluation") -> TextSet[Document]:
     """Load passages to evaluate or to calibrate on.
 
     Args:
@@ -45,43 +44,29 @@ def load_lambada(name: str = "auto", *, purpose: str = "evaluation") -> TextSet:
     raise unknown_name("dataset", name, ("auto", EMBEDDED, *HUB_SETS, "FILE.jsonl"))
 
 
-def default_calibration(evaluation: TextSet) -> TextSet:
+def default_calibration(evaluation: TextSet[Document]) -> TextSet[Document]:
     """Calibration texts where none were named: lambada's train split for it, else embedded."""
     name = "lambada" if evaluation.name == "lambada" else EMBEDDED
     return load_lambada(name, purpose="calibration")
 
 
-def _automatic(purpose: str) -> TextSet:
+def _automatic(purpose: str) -> TextSet[Document]:
     try:
         return replace(_from_hub("lambada", purpose), why="auto: lambada is reachable")
     except DataError as error:
         return replace(_embedded(purpose), why=f"auto: {error}")
 
 
-def _embedded(purpose: str) -> TextSet:
+def _embedded(purpose: str) -> TextSet[Document]:
     file = resources.files("ipex_sq.data") / "texts" / EMBEDDED_FILES[purpose]
     with resources.as_file(file) as path:
         return TextSet(EMBEDDED, purpose, read_jsonl(path))
 
 
-def _from_hub(name: str, purpose: str) -> TextSet:
+def _from_hub(name: str, purpose: str) -> TextSet[Document]:
     repository, splits = HUB_SETS[name]
     split = splits[purpose]
-    problem = hub_problem()
-    if problem:
-        # Read before datasets is imported: without it every request is retried for minutes.
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    import datasets
-
-    try:
-        rows: Any = datasets.load_dataset(repository, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        detail = problem or str(error).strip().splitlines()[0]
-        raise DataError(
-            f"{repository} ({split}) is neither reachable nor cached: {detail}; pass "
-            f"--dataset {EMBEDDED} or a local .jsonl"
-        ) from error
+    rows = hub_rows(repository, split)
     return TextSet(name, split, _documents(rows["text"], f"{repository} {split}"))
 
 

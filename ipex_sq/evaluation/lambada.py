@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ipex_sq.config import EvaluationConfig
 from ipex_sq.data.documents import Document
 from ipex_sq.errors import DataError, NumericalCheckError
+from ipex_sq.evaluation.pairing import standard_error
 from ipex_sq.models.body import logits_at
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,11 @@ class LambadaResult:
     log_probability: tuple[float, ...]
 
     @property
+    def correct(self) -> tuple[bool, ...]:
+        """By the headline, the whole last word."""
+        return self.word_correct
+
+    @property
     def last_word_accuracy(self) -> float:
         """Share of documents, 0 to 1."""
         return sum(self.word_correct) / len(self.word_correct)
@@ -67,37 +73,7 @@ class LambadaResult:
     @property
     def stderr(self) -> float:
         """Standard error of `last_word_accuracy` (sample deviation over root n, as lm-eval)."""
-        count, mean = len(self.word_correct), self.last_word_accuracy
-        return math.sqrt(mean * (1 - mean) / (count - 1)) if count > 1 else 0.0
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """A result against the fp32 one on the same documents.
-
-    Attributes:
-        delta: Difference of `last_word_accuracy`, in points (hundredths).
-        gained: Documents that only the candidate has right.
-        lost: Documents that only fp32 has right.
-        stderr: Standard error of `delta`, in points; smaller than of either accuracy alone.
-    """
-
-    delta: float
-    gained: int
-    lost: int
-    stderr: float
-
-
-def paired_difference(candidate: LambadaResult, baseline: LambadaResult) -> PairedDifference:
-    """Compare two results document by document."""
-    pairs = list(zip(candidate.word_correct, baseline.word_correct, strict=True))
-    gained = sum(new and not old for new, old in pairs)
-    lost = sum(old and not new for new, old in pairs)
-    count = len(pairs)
-    mean = (gained - lost) / count
-    variance = (gained + lost) / count - mean**2
-    stderr = math.sqrt(variance / (count - 1)) if count > 1 else 0.0
-    return PairedDifference(100 * mean, gained, lost, 100 * stderr)
+        return standard_error(self.word_correct)
 
 
 def encode_documents(

@@ -23,7 +23,8 @@ from ipex_sq.backends.reference import simulate_linear
 from ipex_sq.config import STATIC, Drop, QuantConfig, parse_drop
 from ipex_sq.data.documents import Document
 from ipex_sq.errors import ConfigError
-from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada, paired_difference
+from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada
+from ipex_sq.evaluation.pairing import paired_difference
 from ipex_sq.models.folding import apply_smoothing, correct_biases, replace_module
 from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT, STATIC_INT8, QuantPlan
 from ipex_sq.recipe.planning import ActStats, make_plan, search_costs

@@ -16,14 +16,14 @@ from ipex_sq.backends.quantization import plan, rounding
 from ipex_sq.backends.reference import ReferenceBackend, simulate_linear
 from ipex_sq.config import ModelConfig, QuantConfig
 from ipex_sq.data.calibration import calibration_batches
-from ipex_sq.data.documents import TextSet
+from ipex_sq.data.documents import Document, TextSet
 from ipex_sq.errors import UnsupportedModelError
 from ipex_sq.evaluation.sqnr import sqnr_db
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing, replace_module, smoothed_linear
 from ipex_sq.models.loading import load_model
 from ipex_sq.models.running import run_model
-from ipex_sq.models.sampling import rows_of
+from ipex_sq.recipe.batching import rows_of
 from ipex_sq.recipe.hooks import hooked
 from ipex_sq.recipe.plan import QuantPlan
 
@@ -52,7 +52,7 @@ class Damage:
 
 
 def measure_sensitivity(
-    model_config: ModelConfig, quant: QuantConfig, texts: tuple[TextSet, int, int]
+    model_config: ModelConfig, quant: QuantConfig, texts: tuple[TextSet[Document], int, int]
 ) -> list[Damage]:
     """Load, calibrate, plan and smooth a model, and rank its Linears.
 

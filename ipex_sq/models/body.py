@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ipex_sq.errors import UnsupportedModelError
+from ipex_sq.models.running import without_cache
+
 
 class ReplacedBody(nn.Module):
     """Stands where the base model stood; the head and the rest of the model stay as they were.
 
     Attributes:
-        run: Maps `input_ids` and `attention_mask`, both `[batch, tokens]`, to hidden states
-            `[batch, tokens, hidden]`. It keeps no key-value cache.
-        dtype: Of the hidden states that the head is given.
+        run: Maps the tensors that `inputs` name, each `[batch, tokens]`, to hidden states
+            `[batch, tokens, hidden]`, and where the body pools to these and `[batch, hidden]`. It
+            keeps no key-value cache.
+        inputs: "input_ids", "attention_mask", and "token_type_ids" where the body takes them.
+        dtype: Of what the head is given.
     """
 
-    def __init__(self, run: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, run: Callable[..., Any], dtype: torch.dtype, inputs: Sequence[str]) -> None:
         super().__init__()
         self.run = run
+        self.inputs = tuple(inputs)
         self.dtype = dtype
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_ignored: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **_ignored: Any,
     ) -> Any:
         """Run the body; other arguments of a transformers model (cache, positions) have no use."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import (
+            BaseModelOutputWithPast,
+            BaseModelOutputWithPooling,
+        )
 
-        mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
-        return BaseModelOutputWithPast(last_hidden_state=self.run(input_ids, mask).to(self.dtype))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        given = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
+        if "token_type_ids" not in self.inputs and bool(types.any()):
+            raise UnsupportedModelError("this body was traced without token_type_ids")
+        outputs = self.run(*(given[name] for name in self.inputs))
+        if isinstance(outputs, Tensor):
+            return BaseModelOutputWithPast(last_hidden_state=outputs.to(self.dtype))
+        hidden, pooled = (output.to(self.dtype) for output in outputs)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
     @property
     def decoder(self) -> ReplacedBody:
@@ -39,15 +60,13 @@ class ReplacedBody(nn.Module):
         return self
 
 
-def replace_body(
-    model: nn.Module, run: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
-) -> nn.Module:
-    """Put `run` where the base model of `model` is, in place; no cache is kept from then on.
+def replace_body(model: nn.Module, body: ReplacedBody) -> nn.Module:
+    """Put `body` where the base model of `model` is, in place; no cache is kept from then on.
 
-    What remains of the model, its head, is cast to `dtype`.
+    What remains of the model, its head, is cast to the dtype that the body gives.
     """
-    setattr(model, str(model.base_model_prefix), ReplacedBody(run, dtype))
-    model.to(dtype)
+    setattr(model, str(model.base_model_prefix), body)
+    model.to(body.dtype)
     config: Any = model.config
     config.use_cache = False
     generation: Any = getattr(model, "generation_config", None)
@@ -57,19 +76,20 @@ def replace_body(
 
 
 class BodyForTracing(nn.Module):
-    """The base model with tensors in and one tensor out, as torch.jit.trace wants it."""
+    """The base model with tensors in and tensors out, as torch.jit.trace wants it."""
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, inputs: Sequence[str]) -> None:
+        """`inputs` name the tensors, in the order in which they will be given."""
         super().__init__()
         self.body = body
+        self.inputs = tuple(inputs)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Map `[batch, tokens]` ids and mask to hidden states `[batch, tokens, hidden]`."""
-        outputs = self.body(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=False
-        )
-        hidden: Tensor = outputs[0]
-        return hidden
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Map ids, mask and what else is named to hidden states, and pooled ones if there are."""
+        given = dict(zip(self.inputs, tensors, strict=True))
+        outputs = self.body(**given, **without_cache(self.body), return_dict=False)
+        found = tuple(output for output in outputs if isinstance(output, Tensor))
+        return found[0] if len(found) == 1 else found
 
 
 @contextmanager

@@ -12,17 +12,20 @@ from torch import nn
 from tqdm import tqdm
 
 from ipex_sq.config import QuantConfig
-from ipex_sq.errors import CalibrationError
+from ipex_sq.errors import CheckpointError
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import smoothed_linear
+from ipex_sq.models.identity import model_sha256, tokenizer_sha256
 from ipex_sq.models.onednn import onednn_linears
 from ipex_sq.models.running import run_body
-from ipex_sq.models.sampling import Batch, sample_groups, set_apart
+from ipex_sq.models.sampling import sample_groups, set_apart
 from ipex_sq.models.topology import find_topology
+from ipex_sq.recipe.batching import Batch, without_padding
 from ipex_sq.recipe.histograms import record_histograms
 from ipex_sq.recipe.observers import record_stats
 from ipex_sq.recipe.plan import STATIC_INT8, QuantPlan
 from ipex_sq.recipe.planning import ActStats
+from ipex_sq.recipe.scales_files import Scales
 
 PROBED_TOKENS = 32
 """Of one text: enough to see who reads what, and the pass is run several times."""
@@ -40,18 +43,16 @@ def calibrate(
     Args:
         model: Float model; it computes what it did (Conv1D modules, GPT-2's transposed Linears,
             become Linears).
-        batches: Unpadded batches (padding would change the ranges).
+        batches: Texts; padding is taken out first (`without_padding`).
         source: Where the texts came from, kept with the statistics.
         samples: Also run a few texts backward, as the search of alpha needs (`add_samples`).
 
     Raises:
-        CalibrationError: No batches, a padded batch, a Linear never reached, a value not finite.
+        CalibrationError: No batches, a mask with holes, a Linear never reached, a value not finite.
         UnsupportedModelError: Nothing to quantize.
     """
     start = time.perf_counter()
-    rows = [_checked(batch) for batch in batches]
-    if not rows:
-        raise CalibrationError("there are no calibration batches: pass at least one text")
+    rows = without_padding(batches)
     convert_conv1d(model)
     example = {key: value[:1] for key, value in rows[0].items()}
     short = {key: value[:, :PROBED_TOKENS] for key, value in example.items()}
@@ -79,6 +80,43 @@ def calibrate(
     return add_samples(model, stats, rows) if samples else stats
 
 
+def stats_from_scales(model: nn.Module, scales: Scales, tokenizer: Any) -> ActStats:
+    """The statistics of a scales file, for the model that they were gathered on.
+
+    Args:
+        model: Float model; Conv1D modules become Linears.
+        scales: From `scales_from_json`.
+        tokenizer: The model's.
+
+    Raises:
+        CheckpointError: They are of another model or tokenizer.
+    """
+    for kind, found, here in (
+        ("model", scales.model, model_sha256(model)),
+        ("tokenizer", scales.tokenizer, tokenizer_sha256(tokenizer)),
+    ):
+        if found.get("sha256") != here:
+            raise CheckpointError(
+                f"the scales are of another {kind} than this one (of {scales.model.get('name')}, "
+                f"whose digest differs): make them again with generate-scales"
+            )
+    convert_conv1d(model)
+    topology = find_topology(model, [scales.example])
+    names = [name for group in topology.groups for name in group.readers]
+    missing = [name for name in names if name not in scales.linears]
+    if missing:
+        raise CheckpointError(f"the scales lack {missing[0]!r}: make them again")
+    return ActStats(
+        linears={name: scales.linears[name] for name in names},
+        groups=topology.groups,
+        float_reasons=topology.float_reasons,
+        example=scales.example,
+        texts=scales.texts,
+        tokens=scales.tokens,
+        source=scales.source,
+    )
+
+
 def add_samples(model: nn.Module, stats: ActStats, batches: Sequence[Batch]) -> ActStats:
     """The same statistics with samples for the search of alpha."""
     start = time.perf_counter()
@@ -97,8 +135,8 @@ def clipped_ranges(
         record_histograms(linears, ranges) as histograms,
         torch.no_grad(),
     ):
-        for batch in _bar(batches, f"{config.observer} histograms"):
-            run_body(model, _checked(batch))
+        for batch in _bar(without_padding(batches), f"{config.observer} histograms"):
+            run_body(model, batch)
     return {
         name: histogram.clipped(config.observer, config.percentile)
         for name, histogram in histograms.items()
@@ -110,18 +148,6 @@ def _planned_range(plan: QuantPlan, name: str) -> tuple[float, float]:
     assert activation is not None  # noqa: S101
     low = -activation.zero_point * activation.scale
     return low, low + 255 * activation.scale
-
-
-def _checked(batch: Batch) -> Batch:
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if ids.numel() == 0:
-        raise CalibrationError("a calibration batch is empty")
-    if mask is not None and not bool(mask.bool().all()):
-        raise CalibrationError(
-            "a calibration batch is padded, which would change the ranges: batch rows of equal "
-            "length only (calibration_batches does)"
-        )
-    return batch
 
 
 def _bar(batches: Sequence[Batch], text: str) -> Iterable[Batch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from ipex_sq.errors import CheckpointError, DataError, NumericalCheckError, Unsu
 from ipex_sq.hub import hub_problem
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.embedded import embedded_folder
+
+CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
 
 
 def load_model(
@@ -35,18 +39,11 @@ def load_model(
 
     source, options = resolve_source(name_or_path)
     options["trust_remote_code"] = trust_remote_code
-    try:
+    with loading_errors(name_or_path, "causal language model"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             source, torch_dtype=torch.float32, use_safetensors=True, **options
         )
-    except OSError as error:
-        raise _loading_error(name_or_path, error) from error
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"{name_or_path} is not a causal language model that this transformers knows: "
-            f"{_first_line(error)}"
-        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     check_finite(model)
@@ -83,7 +80,13 @@ def check_finite(model: nn.Module) -> None:
             raise NumericalCheckError(f"weight {name!r} holds values that are not finite")
 
 
-def skeleton(folder: Path, attention: str) -> nn.Module:
+def task_of(model: nn.Module) -> str:
+    """CAUSAL_LM or SEQUENCE_CLASSIFICATION, by the model's class."""
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    return SEQUENCE_CLASSIFICATION if classifies else CAUSAL_LM
+
+
+def skeleton(folder: Path, attention: str, task: str = CAUSAL_LM) -> nn.Module:
     """The model that `folder`'s config.json describes, parameters on the meta device.
 
     Buffers that no checkpoint holds (rotary frequencies) are real.
@@ -92,22 +95,38 @@ def skeleton(folder: Path, attention: str) -> nn.Module:
         folder: Holds config.json.
         attention: transformers' name of the attention implementation. config.json does not keep
             it, and a config that was read back would choose another.
+        task: As `task_of` gives it.
 
     Raises:
-        CheckpointError: The folder holds no config of a causal language model.
+        CheckpointError: The folder holds no config of such a model.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    classes = {
+        CAUSAL_LM: AutoModelForCausalLM,
+        SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
+    }
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention
-            )
+            model: nn.Module = classes[task].from_config(config, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: no model can be built: {_first_line(error)}") from error
     return convert_conv1d(model).eval()
+
+
+@contextmanager
+def loading_errors(name: str, kind: str) -> Iterator[None]:
+    """What transformers raises where it cannot load, as one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise _loading_error(name, error) from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{name} is not a {kind} that this transformers knows: {_first_line(error)}"
+        ) from error
 
 
 def _loading_error(name: str, error: OSError) -> DataError:

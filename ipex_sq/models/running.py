@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 def run_model(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """First output of `model`: logits, or hidden states of a base model."""
-    output: Tensor = model(**batch, **_without_cache(model))[0]
+    output: Tensor = model(**batch, **without_cache(model))[0]
     return output
 
 
 def run_body(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     """Run only the base model: the head feeds no Linear that is quantized."""
     body = getattr(model, "base_model", model)
-    body(**batch, **_without_cache(body))
+    body(**batch, **without_cache(body))
 
 
-def _without_cache(model: nn.Module) -> dict[str, bool]:
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument that keeps `model` from making a key-value cache, where it has one."""
     takes = "use_cache" in inspect.signature(model.forward).parameters
     return {"use_cache": False} if takes else {}

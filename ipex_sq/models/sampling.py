@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ipex_sq.models.running import run_model
+from ipex_sq.recipe.batching import Batch, rows_of
 from ipex_sq.recipe.plan import SmoothGroup
 from ipex_sq.recipe.samples import GroupSample, record_samples
 
@@ -20,9 +21,6 @@ SAMPLED_TEXTS = 8
 
 TEXTS_PER_SAMPLED = 4
 """At most one text in four is sampled; were it more, the others would say little about ranges."""
-
-Batch = Mapping[str, Tensor]
-"""`input_ids` and `attention_mask`, both `[batch, tokens]`, without padding."""
 
 
 def sample_groups(
@@ -75,12 +73,6 @@ def set_apart(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
             kept.append({key: value[rows] for key, value in batch.items()})
         start += count
     return kept, list(_sampled_texts(batches))
-
-
-def rows_of(batch: Batch) -> Iterator[dict[str, Tensor]]:
-    """The batch, one text at a time."""
-    for index in range(batch["input_ids"].shape[0]):
-        yield {key: value[index : index + 1] for key, value in batch.items()}
 
 
 def _sampled_texts(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:

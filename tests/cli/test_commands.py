@@ -131,7 +131,7 @@ def test_a_folder_without_config_and_an_unknown_model(folder, tmp_path, capsys, 
 
 
 def test_unreachable_hub_data_set(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("ipex_sq.data.lambada.hub_problem", lambda: "no network in this test")
+    monkeypatch.setattr("ipex_sq.data.hub_sets.hub_problem", lambda: "no network in this test")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))

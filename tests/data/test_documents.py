@@ -2,7 +2,6 @@ import re
 
 import pytest
 
-from ipex_sq.config import DataConfig
 from ipex_sq.data.calibration import calibration_batches, choose_texts
 from ipex_sq.data.documents import Document, check_disjoint, read_jsonl, split_last_word
 from ipex_sq.data.lambada import default_calibration, load_lambada
@@ -108,18 +107,15 @@ def test_batches_hold_rows_of_one_length_and_lose_no_token(tokenizer):
 
 def test_the_choice_depends_on_the_seed_alone():
     documents = load_lambada("embedded").documents
-    config = DataConfig(calib_samples=32, seed=1)
-    assert choose_texts(documents, config) == choose_texts(documents, config)
-    assert choose_texts(documents, config) != choose_texts(
-        documents, DataConfig(calib_samples=32, seed=2)
-    )
+    assert choose_texts(documents, 32, 1) == choose_texts(documents, 32, 1)
+    assert choose_texts(documents, 32, 1) != choose_texts(documents, 32, 2)
     with pytest.raises(DataError, match="asks for 9999"):
-        choose_texts(documents, DataConfig(calib_samples=9999))
+        choose_texts(documents, 9999, 1)
 
 
 def test_auto_names_what_it_took_and_why(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("ipex_sq.data.lambada.hub_problem", lambda: "no network in this test")
+    monkeypatch.setattr("ipex_sq.data.hub_sets.hub_problem", lambda: "no network in this test")
     found = load_lambada("auto")
     assert found.name in ("lambada", "embedded")
     assert found.why.startswith("auto: ")

@@ -12,8 +12,8 @@ from ipex_sq.evaluation.lambada import (
     LambadaResult,
     encode_documents,
     evaluate_lambada,
-    paired_difference,
 )
+from ipex_sq.evaluation.pairing import paired_difference
 from ipex_sq.models.body import logits_at
 from ipex_sq.models.tiny import DECODERS, tiny_model
 

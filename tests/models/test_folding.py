@@ -138,13 +138,6 @@ def test_smoothing_that_no_pre_scale_mends_is_refused(batches):
         apply_smoothing(model, replace(decided, groups=groups), batches[0])
 
 
-def test_a_padded_batch_is_refused(batches):
-    padded = {key: value.clone() for key, value in batches[0].items()}
-    padded["attention_mask"][0, -1] = 0
-    with pytest.raises(CalibrationError, match="padded"):
-        calibrate(tiny_model("llama"), [padded])
-
-
 def test_no_batches_are_refused():
     with pytest.raises(CalibrationError, match="no calibration batches"):
         calibrate(tiny_model("llama"), [])

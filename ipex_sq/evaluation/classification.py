@@ -1,0 +1,125 @@
+"""Sequence classification: accuracy, F1 and the confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ipex_sq.config import EvaluationConfig
+from ipex_sq.data.reviews import Review, check_labels
+from ipex_sq.errors import DataError, NumericalCheckError
+from ipex_sq.evaluation.pairing import standard_error
+from ipex_sq.models.classifier import Classifier
+from ipex_sq.models.running import run_model
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """Predictions of every review, in the order given.
+
+    Attributes:
+        predicted: Class with the largest logit.
+        labels: The true class.
+        truncated: Reviews that were cut to the longest length.
+    """
+
+    predicted: tuple[int, ...]
+    labels: tuple[int, ...]
+    truncated: int
+
+    @property
+    def correct(self) -> tuple[bool, ...]:
+        """Whether each prediction is the label."""
+        pairs = zip(self.predicted, self.labels, strict=True)
+        return tuple(guess == label for guess, label in pairs)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of reviews, 0 to 1."""
+        return sum(self.correct) / len(self.labels)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `accuracy`."""
+        return standard_error(self.correct)
+
+    def f1(self, classes: int) -> float:
+        """F1 of class 1 where there are two classes, else the mean over the classes."""
+        from sklearn.metrics import f1_score
+
+        average = "binary" if classes == 2 else "macro"
+        return float(f1_score(self.labels, self.predicted, average=average, zero_division=0.0))
+
+    def confusion_matrix(self, classes: int) -> list[list[int]]:
+        """`[true class][predicted class]`, counts."""
+        from sklearn.metrics import confusion_matrix
+
+        counts: list[list[int]] = confusion_matrix(
+            self.labels, self.predicted, labels=list(range(classes))
+        ).tolist()
+        return counts
+
+
+def evaluate_classifier(
+    classifier: Classifier,
+    reviews: Sequence[Review],
+    config: EvaluationConfig = EvaluationConfig(),  # noqa: B008
+    *,
+    max_length: int | None = None,
+) -> ClassificationResult:
+    """Classify every review. The result does not depend on batch size or order.
+
+    Args:
+        classifier: Model and tokenizer; the model float or int8.
+        reviews: With labels of the model's classes.
+        config: How they are batched.
+        max_length: Longer ones are cut to so many tokens; None cuts at the model's positions.
+
+    Raises:
+        DataError: No reviews, labels that the model does not have, or one class only.
+        NumericalCheckError: The model produced logits that are not finite.
+    """
+    if not reviews:
+        raise DataError("there are no reviews to evaluate")
+    check_labels(reviews, len(classifier.classes))
+    rows, truncated = _encode(classifier, reviews, max_length)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]), reverse=True)
+    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    predicted: dict[int, int] = {}
+    with torch.no_grad():
+        for indices in tqdm(batches, desc="evaluate", unit="batch", disable=None, leave=False):
+            logits = run_model(classifier.model, _padded(classifier, [rows[i] for i in indices]))
+            if not bool(torch.isfinite(logits).all()):
+                raise NumericalCheckError("the model produced logits that are not finite")
+            predicted |= dict(zip(indices, logits.argmax(dim=-1).tolist(), strict=True))
+    guesses = tuple(predicted[index] for index in range(len(rows)))
+    return ClassificationResult(guesses, tuple(review.label for review in reviews), truncated)
+
+
+def _encode(
+    classifier: Classifier, reviews: Sequence[Review], max_length: int | None
+) -> tuple[list[dict[str, list[int]]], int]:
+    """Token ids of every review, and how many were cut."""
+    most = classifier.positions if max_length is None else max_length
+    if most > classifier.positions:
+        raise DataError(
+            f"max_length {most} is more than the {classifier.positions} positions of the model"
+        )
+    texts = [review.text for review in reviews]
+    whole = classifier.tokenizer(texts, verbose=False)["input_ids"]
+    encoded = classifier.tokenizer(texts, truncation=True, max_length=most)
+    rows = [
+        {key: encoded[key][index] for key in classifier.inputs if key in encoded}
+        for index in range(len(texts))
+    ]
+    return rows, sum(len(ids) > most for ids in whole)
+
+
+def _padded(classifier: Classifier, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    padded: Any = classifier.tokenizer.pad(rows, return_tensors="pt")
+    return {key: padded[key] for key in classifier.inputs if key in padded}

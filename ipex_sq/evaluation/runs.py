@@ -1,0 +1,151 @@
+"""Rows of a comparison: what was run, quantized by one calibration, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ipex_sq.backends.base import Backend
+from ipex_sq.backends.inc import IncBackend
+from ipex_sq.backends.quantization import QuantizedModel, check_config, quantize_model, rounding
+from ipex_sq.backends.registry import choose_backend
+from ipex_sq.config import QuantConfig
+from ipex_sq.data.documents import TextSet
+from ipex_sq.evaluation.pairing import Scored, paired_difference
+from ipex_sq.models.calibration import add_samples, calibrate
+from ipex_sq.recipe.batching import Batch
+from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT
+from ipex_sq.recipe.planning import ActStats
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to score: float where `quant` is None.
+
+    Attributes:
+        label: "fp32", "bf16", "int8" or "int8+sq".
+        dtype: Precision of a float run.
+        quant: Recipe and backend of an int8 run.
+    """
+
+    label: str
+    dtype: str = "fp32"
+    quant: QuantConfig | None = None
+
+
+@dataclass
+class Outcome:
+    """A scored run.
+
+    Attributes:
+        row: As in the JSON document; `delta`, `gained` and `lost` are None until paired.
+        scores: Per document.
+        model: Kept only where it was asked for.
+        tokenizer: The model's.
+    """
+
+    row: dict[str, Any]
+    scores: Scored
+    model: nn.Module | None = None
+    tokenizer: Any = None
+
+
+class SharedCalibration:
+    """One calibration for several recipes.
+
+    The float model is the same for every recipe, and so are its statistics: they are gathered
+    once, and the time is counted in every row that uses them.
+    """
+
+    def __init__(self, batches: Sequence[Batch], source: Mapping[str, Any]) -> None:
+        self._batches, self._source = batches, source
+        self._stats: ActStats | None = None
+
+    def stats(self, model: nn.Module, quant: QuantConfig) -> ActStats:
+        """Statistics of the float `model`, with samples where the recipe searches."""
+        if self._stats is None:
+            self._stats = calibrate(model, self._batches, self._source, samples=False)
+        backend = choose_backend(quant.backend).backend
+        assert isinstance(backend, Backend)  # noqa: S101
+        searches = rounding(quant, backend).needs_samples or quant.max_drop is not None
+        if searches and not self._stats.samples:
+            self._stats = add_samples(model, self._stats, self._batches)
+        return self._stats
+
+    def quantize(self, model: nn.Module, quant: QuantConfig) -> QuantizedModel:
+        """Quantize `model`, which is consumed.
+
+        Raises:
+            ConfigError: The backend cannot do what is asked.
+        """
+        check_config(quant)
+        if quant.backend == IncBackend.name or quant.observer != "minmax":
+            return quantize_model(model, self._batches, quant, source=self._source)
+        return quantize_model(model, self.stats(model, quant), quant)
+
+
+def pair(outcome: Outcome, baseline: Outcome) -> None:
+    """Fill in what the run gains and loses against the fp32 one."""
+    difference = paired_difference(outcome.scores, baseline.scores)
+    outcome.row["delta"] = difference.delta
+    outcome.row["delta_stderr"] = difference.stderr
+    outcome.row["gained"], outcome.row["lost"] = difference.gained, difference.lost
+
+
+def describe(texts: TextSet[Any]) -> dict[str, Any]:
+    """Name, split, digest and size of a text set, for results and plans."""
+    return {
+        "dataset": texts.name,
+        "split": texts.split,
+        "sha256": texts.sha256,
+        "rows": len(texts.documents),
+    }
+
+
+def float_description(run: Run) -> dict[str, Any]:
+    """What a float row says of its model."""
+    return {
+        "backend": "torch",
+        "kernels": "eager",
+        "precision": run.dtype,
+        "dtype": run.dtype,
+        "alpha": None,
+        "int8_linears": 0,
+        "dynamic_linears": 0,
+        "dynamic_reasons": {},
+        "float_linears": None,
+        "float_reasons": {},
+        "quantize_s": None,
+    }
+
+
+def int8_description(quantized: QuantizedModel, quant: QuantConfig) -> dict[str, Any]:
+    """What an int8 row says of its model."""
+    plan = quantized.plan
+    choice = choose_backend(quant.backend)
+    reasons = plan.reasons(FLOAT) if plan else {}
+    dynamic = plan.reasons(DYNAMIC_INT8) if plan else {}
+    return {
+        "backend": quantized.backend,
+        "backend_why": choice.why,
+        "kernels": choice.backend.kernels,
+        "precision": "int8",
+        "dtype": quantized.dtype,
+        "alpha": quantized.alpha,
+        "alpha_range": plan.alpha_range if plan else None,
+        "expected_kl": plan.expected_kl if plan else None,
+        "observer": plan.observer if plan else "minmax",
+        "int8_linears": len(plan.int8_names) if plan else quantized.int8_linears,
+        "dynamic_linears": sum(dynamic.values()),
+        "dynamic_reasons": dynamic,
+        "float_linears": sum(reasons.values()),
+        "float_reasons": reasons,
+        "smooth_groups": plan.placements if plan else {},
+        "smoothing_change": quantized.smoothing_change,
+        "undone_folds": dict(quantized.undone_folds),
+        "quantize_s": sum(quantized.seconds.values()),
+        "seconds": quantized.seconds,
+    }

@@ -1,0 +1,30 @@
+"""Statistics do not see padding."""
+
+import copy
+
+import pytest
+import torch
+
+from ipex_sq.data.calibration import calibration_batches
+from ipex_sq.data.documents import split_last_word
+from ipex_sq.models.calibration import calibrate
+from ipex_sq.models.tiny import tiny_model
+
+SENTENCES = ["the cat sat on the mat", "a dog", "she left the house at dawn and", "he gave the boy"]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_and_unpadded_batches_give_the_same_statistics(family, side, tokenizer):
+    texts = [split_last_word(text, "test") for text in SENTENCES]
+    unpadded = calibration_batches(texts, tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = side
+    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    padded = [{key: batch[key] for key in ("input_ids", "attention_mask")}]
+    assert not padded[0]["attention_mask"].all()
+    stats = [calibrate(tiny_model(family), batches) for batches in (unpadded, padded)]
+    for name, item in stats[0].linears.items():
+        assert torch.equal(item.minimum, stats[1].linears[name].minimum)
+        assert torch.equal(item.maximum, stats[1].linears[name].maximum)
+    assert stats[0].tokens == stats[1].tokens
