@@ -5,7 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ipex_sq.cli import benchmark, eval_lambada, families, plant_outliers, sensitivity
+from ipex_sq.cli import (
+    benchmark,
+    eval_lambada,
+    evaluate,
+    families,
+    fine_tune,
+    generate_scales,
+    plant_outliers,
+    quantize,
+    sensitivity,
+)
 from ipex_sq.cli.running import run
 from ipex_sq.errors import unknown_name
 
@@ -15,9 +25,14 @@ COMMANDS = {
     "plant_outliers": plant_outliers.command,
     "sensitivity": sensitivity.command,
     "families": families.command,
+    "fine_tune": fine_tune.command,
+    "generate_scales": generate_scales.command,
+    "quantize": quantize.command,
+    "evaluate": evaluate.command,
 }
 
-USAGE = f"usage: python -m ipex_sq {{{','.join(COMMANDS)}}} [flags]; each takes --help\n"
+_NAMES = ",".join(COMMANDS).replace("_", "-")
+USAGE = f"usage: python -m ipex_sq {{{_NAMES}}} [flags]; each takes --help\n"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -190,6 +190,47 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ReviewConfig:
+    """Which reviews a classifier is calibrated, fine-tuned and evaluated on; the sets are apart."""
+
+    dataset: str = _setting(
+        "auto",
+        "amazon_polarity, embedded, a local .jsonl of text and label, or auto: amazon_polarity "
+        "when the hub or its cache answers, else embedded",
+    )
+    calib_dataset: str | None = _setting(
+        None,
+        "reviews to calibrate on, named as for --dataset (default: amazon_polarity's train split "
+        "for amazon_polarity, the embedded training reviews for everything else)",
+    )
+    num_samples: int = _setting(128, "number of calibration texts", type=int)
+    max_length: int = _setting(128, "texts are cut to this many tokens", type=int)
+    limit: int = _setting(1000, "evaluate at most the first N reviews", type=int)
+    seed: int = _setting(42, "seed of the choice of calibration texts", type=int)
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_length", "limit"):
+            _check_positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """A short training of a whole encoder with a new head."""
+
+    epochs: int = _setting(4, "passes over the training reviews", type=int)
+    learning_rate: float = _setting(1e-4, "of AdamW, falling linearly to 0", type=float)
+    train_batch_size: int = _setting(16, "reviews per step", type=int)
+    max_length: int = _setting(128, "texts are cut to this many tokens", type=int)
+    seed: int = _setting(42, "seed of the head, the order and dropout", type=int)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "train_batch_size", "max_length"):
+            _check_positive(name, getattr(self, name))
+        if not 0.0 < self.learning_rate < 1.0:
+            raise ConfigError(f"learning_rate must lie between 0 and 1, not {self.learning_rate}")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How documents are run through the model. None of these changes a result."""
 

@@ -16,15 +16,19 @@ MANIFEST = "ipex_sq.json"
 FORMAT_VERSION = 2
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, marker: str = MANIFEST) -> None:
     """Refuse, before the work, a folder that could not be written after it.
+
+    Args:
+        folder: May exist where it holds a file `marker`, which says that it is ours.
+        marker: Name of that file.
 
     Raises:
         ConfigError: It is a file, holds what is not ours, or its parent is not writable.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output_dir {folder} is a file, name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise ConfigError(
             f"--output_dir {folder} is not empty and was not written by ipex_sq: name another"
         )
@@ -36,7 +40,7 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"--output_dir {folder} is not writable: {error.strerror}") from error
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(folder: Path, write: Callable[[Path], None], marker: str = MANIFEST) -> None:
     """Fill a scratch folder by `write` and put it in the place of `folder` in one rename.
 
     A killed run leaves the old folder or the new one.
@@ -44,7 +48,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
         ConfigError: See `check_writable`.
     """
-    check_writable(folder)
+    check_writable(folder, marker)
     parent = folder.absolute().parent
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
     old = scratch.with_name(f"{scratch.name}-old")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,20 @@ PLAN_JSON = "quant_plan.json"
 PLAN_TENSORS = "quant_plan.safetensors"
 
 
-def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    made_from: Mapping[str, Any] | None = None,
+) -> Path:
     """Write an int8 model of `quantize` to `folder`, replacing an earlier one of ours.
 
     Args:
         model: From the native or the ipex backend.
         folder: Made where it is missing.
         tokenizer: Saved beside it where given.
+        made_from: What the float model was, kept in the manifest.
 
     Returns:
         The folder.
@@ -62,7 +70,9 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             body: Any = model.base_model
             torch.jit.save(body.run, str(scratch / GRAPH))
         save_file(_tensors(model), scratch / WEIGHTS)
-        write_manifest(scratch, _manifest(model, kind, scratch))
+        write_manifest(
+            scratch, {**_manifest(model, kind, scratch), "made_from": dict(made_from or {})}
+        )
 
     replace_folder(target, write)
     return target

@@ -114,6 +114,32 @@ def _document(row: dict[str, Any], where: str) -> Document:
     return Document(context.rstrip(), " " + continuation.strip())
 
 
+def row_digests(texts: Iterable[Text]) -> list[str]:
+    """A short digest of each text, so that a checkpoint can name its rows without holding them."""
+    return [hashlib.sha256(text.text.strip().encode()).hexdigest()[:16] for text in texts]
+
+
+def check_unseen(digests: Iterable[str], evaluation: Sequence[Text], used_for: str) -> None:
+    """Refuse to evaluate on texts that a model was calibrated or trained on.
+
+    Args:
+        digests: Of those texts (`row_digests`).
+        evaluation: Texts to evaluate on.
+        used_for: What was done with them, such as "calibrated".
+
+    Raises:
+        DataError: Says how many rows are shared, and the first.
+    """
+    known = set(digests)
+    rows = zip(evaluation, row_digests(evaluation), strict=True)
+    shared = [text.text for text, digest in rows if digest in known]
+    if shared:
+        raise DataError(
+            f"the model was {used_for} on {len(shared)} of the evaluation rows, the first is "
+            f"{shared[0][:50]!r}...: pass another --dataset"
+        )
+
+
 def check_disjoint(calibration: Iterable[Text], evaluation: Sequence[Text]) -> None:
     """Refuse calibration texts that are also evaluated.
 

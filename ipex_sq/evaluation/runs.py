@@ -17,7 +17,7 @@ from ipex_sq.data.documents import TextSet
 from ipex_sq.evaluation.pairing import Scored, paired_difference
 from ipex_sq.models.calibration import add_samples, calibrate
 from ipex_sq.recipe.batching import Batch
-from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT
+from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT, QuantPlan
 from ipex_sq.recipe.planning import ActStats
 
 
@@ -123,11 +123,8 @@ def float_description(run: Run) -> dict[str, Any]:
 
 
 def int8_description(quantized: QuantizedModel, quant: QuantConfig) -> dict[str, Any]:
-    """What an int8 row says of its model."""
-    plan = quantized.plan
+    """What an int8 row says of a model that was quantized now."""
     choice = choose_backend(quant.backend)
-    reasons = plan.reasons(FLOAT) if plan else {}
-    dynamic = plan.reasons(DYNAMIC_INT8) if plan else {}
     return {
         "backend": quantized.backend,
         "backend_why": choice.why,
@@ -135,17 +132,43 @@ def int8_description(quantized: QuantizedModel, quant: QuantConfig) -> dict[str,
         "precision": "int8",
         "dtype": quantized.dtype,
         "alpha": quantized.alpha,
+        **_numerics(quantized.plan),
+        "int8_linears": quantized.int8_linears,
+        "smoothing_change": quantized.smoothing_change,
+        "undone_folds": dict(quantized.undone_folds),
+        "quantize_s": sum(quantized.seconds.values()),
+        "seconds": quantized.seconds,
+    }
+
+
+def checkpoint_description(plan: QuantPlan, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What an int8 row says of a model that was loaded."""
+    return {
+        "backend": manifest["backend"],
+        "backend_why": "of the checkpoint",
+        "kernels": choose_backend(manifest["backend"]).backend.kernels,
+        "precision": "int8",
+        "dtype": manifest["dtype"],
+        "alpha": plan.alpha,
+        **_numerics(plan),
+        "int8_linears": len(plan.int8_names),
+        "smoothing_change": manifest["made_from"].get("smoothing_change"),
+        "undone_folds": manifest["made_from"].get("undone_folds", {}),
+        "quantize_s": None,
+        "seconds": {},
+    }
+
+
+def _numerics(plan: QuantPlan | None) -> dict[str, Any]:
+    reasons = plan.reasons(FLOAT) if plan else {}
+    dynamic = plan.reasons(DYNAMIC_INT8) if plan else {}
+    return {
         "alpha_range": plan.alpha_range if plan else None,
         "expected_kl": plan.expected_kl if plan else None,
         "observer": plan.observer if plan else "minmax",
-        "int8_linears": len(plan.int8_names) if plan else quantized.int8_linears,
         "dynamic_linears": sum(dynamic.values()),
         "dynamic_reasons": dynamic,
         "float_linears": sum(reasons.values()),
         "float_reasons": reasons,
         "smooth_groups": plan.placements if plan else {},
-        "smoothing_change": quantized.smoothing_change,
-        "undone_folds": dict(quantized.undone_folds),
-        "quantize_s": sum(quantized.seconds.values()),
-        "seconds": quantized.seconds,
     }

@@ -50,6 +50,19 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        DataError: The hub is unreachable or knows no such model; the folder is none.
+    """
+    from transformers import AutoTokenizer
+
+    source, options = resolve_source(name_or_path)
+    with loading_errors(name_or_path, "model with a tokenizer"):
+        return AutoTokenizer.from_pretrained(source, **options)
+
+
 def resolve_source(name_or_path: str) -> tuple[str, dict[str, Any]]:
     """Where transformers should look, and the options that keep it from waiting for the hub.
 

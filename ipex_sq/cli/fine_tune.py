@@ -1,0 +1,111 @@
+"""`python -m ipex_sq fine-tune`: a classifier made of an encoder, in minutes on a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ipex_sq.cli.flags import Parser, build
+from ipex_sq.cli.running import check_output, show
+from ipex_sq.config import EMBEDDED, FineTuneConfig, OutputConfig, ReviewConfig
+from ipex_sq.errors import ConfigError
+
+DESCRIPTION = """\
+Train a whole encoder with a classification head on reviews, seeded, on this CPU, and save it. The
+embedded encoder (MiniLM) becomes the model that the other commands take as `embedded`; where it
+was trained before it is used again. stdout ends in one JSON line.
+"""
+
+EXAMPLES = """\
+  python -m ipex_sq fine-tune                                     # the embedded classifier
+  python -m ipex_sq fine-tune --model bert-base-uncased --output_dir my-classifier
+  python -m ipex_sq fine-tune --train_dataset train.jsonl --dataset eval.jsonl \\
+      --output_dir my-classifier
+"""
+
+
+def parser() -> Parser:
+    """The flags of the command."""
+    flags = Parser(DESCRIPTION, EXAMPLES)
+    flags.add_flag(
+        "model", default=EMBEDDED, help=f"hub name, local folder, or {EMBEDDED} (default)"
+    )
+    flags.add_flag(
+        "output_dir",
+        type=Path,
+        help="where to save it (default for the embedded encoder on its own reviews: the cache)",
+    )
+    flags.add_flag("train_dataset", help="reviews to learn from (default: those of --dataset)")
+    flags.add_flag("force", action="store_true", help="train again where it was trained before")
+    flags.add_config(ReviewConfig, skip=("calib_dataset", "num_samples", "max_length", "seed"))
+    flags.add_config(FineTuneConfig)
+    flags.add_config(OutputConfig)
+    return flags
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Parse, train, save.
+
+    Raises:
+        IpexSqError: Anything that a user can mend; nothing is half-written.
+    """
+    flags = parser().parse_args(arguments)
+    config = build(FineTuneConfig, flags)
+    check_output(flags.output)
+
+    from ipex_sq.checkpoint.folders import check_writable, replace_folder
+    from ipex_sq.data.documents import check_disjoint, row_digests
+    from ipex_sq.data.reviews import load_reviews, training_reviews
+    from ipex_sq.evaluation.runs import describe
+    from ipex_sq.models.embedded_encoder import embedded_classifier_place
+    from ipex_sq.models.finetuning import TRAINING, Labelled, fine_tune
+    from ipex_sq.system import provenance
+
+    folder: Path | None = flags.output_dir
+    if folder is None:
+        if flags.model != EMBEDDED:
+            raise ConfigError("--output_dir names where to save the classifier")
+        folder = embedded_classifier_place()
+    record = folder / TRAINING
+    asked = {"model": flags.model, "dataset": flags.dataset, "train": flags.train_dataset}
+    asked |= {"limit": flags.limit, **asdict(config)}
+    if record.is_file() and not flags.force:
+        known = json.loads(record.read_text(encoding="utf-8"))
+        if known["asked"] == asked:
+            show(f"{folder} was fine-tuned before (--force trains again)", known, flags.output)
+            return
+    check_writable(folder, TRAINING)
+    evaluation = load_reviews(flags.dataset).first(flags.limit)
+    if flags.train_dataset is None:
+        training = training_reviews(evaluation)
+    else:
+        training = load_reviews(flags.train_dataset, purpose="calibration")
+    check_disjoint(training.documents, evaluation.documents)
+    sets = [
+        Labelled([r.text for r in texts.documents], [r.label for r in texts.documents])
+        for texts in (training, evaluation)
+    ]
+    classifier, accuracies = fine_tune(flags.model, sets[0], sets[1], config)
+    result = {
+        "model": flags.model,
+        "folder": folder.name,
+        **provenance(),
+        "asked": asked,
+        "training": describe(training),
+        "validation": describe(evaluation),
+        "accuracies": accuracies,
+        "row_sha256": row_digests(training.documents),
+    }
+
+    def write(scratch: Path) -> None:
+        classifier.model.save_pretrained(scratch)  # type: ignore[operator]
+        classifier.tokenizer.save_pretrained(scratch)
+        (scratch / TRAINING).write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+    replace_folder(folder, write, TRAINING)
+    reached = ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies)
+    table = f"{folder}: accuracy on {evaluation.name} after each epoch: {reached}"
+    shown = {key: value for key, value in result.items() if key != "row_sha256"}
+    show(table, shown, flags.output)

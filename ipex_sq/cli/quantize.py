@@ -1,0 +1,144 @@
+"""`python -m ipex_sq quantize`: a sequence classifier in int8, as a folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ipex_sq.cli.eval_lambada import add_alpha
+from ipex_sq.cli.flags import Parser, build
+from ipex_sq.cli.running import check_output, show
+from ipex_sq.config import EMBEDDED, OutputConfig, QuantConfig, ReviewConfig
+from ipex_sq.errors import CheckpointError, ConfigError
+
+DESCRIPTION = """\
+Quantize a sequence classifier to static INT8 (W8A8), with SmoothQuant unless --no_sq, and save it
+in a folder of its name below --output_dir, ready for `evaluate` and `benchmark`. Statistics come
+from a file of `generate-scales`, or are gathered now. stdout ends in one JSON line.
+"""
+
+EXAMPLES = """\
+  python -m ipex_sq quantize                                   # calibrates, searches alpha
+  python -m ipex_sq quantize --act_scales_path act_scales/embedded.json --alpha 0.5
+  python -m ipex_sq quantize --model bert-base-uncased --alpha 0.5 \\
+      --act_scales_path act_scales/bert-base-uncased.json --output_dir results/quantized
+"""
+
+PAPER_ALPHA = 0.5
+
+
+def parser() -> Parser:
+    """The flags of the command."""
+    flags = Parser(DESCRIPTION, EXAMPLES)
+    flags.add_flag(
+        "model", default=EMBEDDED, help=f"hub name, local folder, or {EMBEDDED} (default)"
+    )
+    flags.add_flag(
+        "act_scales_path", type=Path, help="scales file; alpha is then a number (default: 0.5)"
+    )
+    flags.add_flag(
+        "output_dir",
+        type=Path,
+        default=Path("results/quantized"),
+        help="the model is saved in a folder of its name in here (default: results/quantized)",
+    )
+    flags.add_flag("no_sq", action="store_true", help="without SmoothQuant")
+    flags.add_config(QuantConfig, skip=("alpha", "max_drop"))
+    add_alpha(flags)
+    flags.add_config(ReviewConfig, skip=("limit",))
+    flags.add_config(OutputConfig)
+    return flags
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Parse, quantize, save.
+
+    Raises:
+        IpexSqError: Anything that a user can mend; nothing is half-written.
+    """
+    flags = parser().parse_args(arguments)
+    config, data = _config(flags), build(ReviewConfig, flags)
+    check_output(flags.output)
+
+    from ipex_sq.backends.quantization import check_config, quantize_model
+    from ipex_sq.checkpoint.folders import check_writable
+    from ipex_sq.checkpoint.saving import save
+    from ipex_sq.models.classifier import load_classifier, warn_untrained
+    from ipex_sq.system import provenance
+
+    check_config(config)
+    folder = Path(flags.output_dir) / (Path(flags.model).name or EMBEDDED)
+    check_writable(folder)
+    classifier = load_classifier(flags.model)
+    statistics = _statistics(flags, classifier, data)
+    quantized = quantize_model(classifier.model, *statistics[:1], config, source=statistics[1])
+    made_from = {
+        "model": _findable(flags.model),
+        "trained_head": classifier.trained_head,
+        "smoothing_change": quantized.smoothing_change,
+        "undone_folds": dict(quantized.undone_folds),
+    }
+    save(quantized.model, folder, classifier.tokenizer, made_from=made_from)
+    problem = "" if classifier.trained_head else warn_untrained(flags.model)
+    plan = quantized.plan
+    assert plan is not None  # noqa: S101
+    result = {
+        "model": flags.model,
+        "folder": str(folder),
+        "problem": problem,
+        **provenance(),
+        "backend": quantized.backend,
+        "alpha": quantized.alpha,
+        "int8_linears": quantized.int8_linears,
+        "smooth_groups": plan.placements,
+        "undone_folds": made_from["undone_folds"],
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "seconds": quantized.seconds,
+    }
+    groups = ", ".join(f"{count} {placement}" for placement, count in plan.placements.items())
+    table = (
+        f"{folder}: {quantized.int8_linears} Linears in int8 on {quantized.backend}, alpha "
+        f"{quantized.alpha}, smooth groups: {groups}; {result['bytes'] / 2**20:.1f} MiB, "
+        f"{sum(quantized.seconds.values()):.1f} s"
+    )
+    show(f"{table}\n{problem}".rstrip(), result, flags.output)
+
+
+def _config(flags: argparse.Namespace) -> QuantConfig:
+    if flags.no_sq:
+        if flags.alpha is not None:
+            raise ConfigError("--alpha belongs to SmoothQuant: leave --no_sq out")
+        return build(QuantConfig, flags, alpha=None)
+    default = QuantConfig.alpha if flags.act_scales_path is None else PAPER_ALPHA
+    alpha = default if flags.alpha is None else flags.alpha
+    config = build(QuantConfig, flags, alpha=alpha)
+    if flags.act_scales_path is not None and config.searches_alpha:
+        raise ConfigError(
+            f"--alpha {alpha} is searched on texts: leave --act_scales_path out, or pass a number"
+        )
+    return config
+
+
+def _statistics(flags: argparse.Namespace, classifier: Any, data: ReviewConfig) -> tuple[Any, Any]:
+    """Statistics or batches to quantize with, and where they came from."""
+    from ipex_sq.evaluation.reviews import calibration_reviews, review_batches, review_source
+    from ipex_sq.models.calibration import stats_from_scales
+    from ipex_sq.recipe.scales_files import scales_from_json
+
+    path: Path | None = flags.act_scales_path
+    if path is None:
+        texts = calibration_reviews(data)
+        return review_batches(classifier, texts, data), review_source(texts, data)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    scales = scales_from_json(content, str(path))
+    return stats_from_scales(classifier.model, scales, classifier.tokenizer), None
+
+
+def _findable(name_or_path: str) -> str:
+    """A local folder by its whole path, so that `evaluate` finds it from anywhere."""
+    return str(Path(name_or_path).resolve()) if Path(name_or_path).exists() else name_or_path
