@@ -21,9 +21,10 @@ STATIC, DYNAMIC, MIXED = "static", "dynamic", "mixed"
 ACTIVATIONS = (STATIC, DYNAMIC, MIXED)
 PRECISIONS = ("fp32", "bf16")
 LOGITS = ("all", "last")
+RANDOM_SHAPES = ("bert-base", "bert-large", "bloom-560m", "opt-125m")
 
 
-def _setting(default: Any, text: str, **flag: Any) -> Any:
+def setting(default: Any, text: str, **flag: Any) -> Any:
     """A dataclass field that also describes its command-line flag (`flag` goes to argparse)."""
     return field(default=default, metadata={"help": text, "flag": flag})
 
@@ -92,7 +93,12 @@ def _check_choice(kind: str, value: str, known: tuple[str, ...]) -> None:
         raise unknown_name(kind, value, known)
 
 
-def _check_positive(name: str, value: int | None) -> None:
+def check_positive(name: str, value: int | None) -> None:
+    """Refuse a count below 1.
+
+    Raises:
+        ConfigError: Names it.
+    """
     if value is not None and value < 1:
         raise ConfigError(f"{name} must be at least 1, not {value}")
 
@@ -105,38 +111,38 @@ class QuantConfig:
     `dtype=None` takes the backend's own: bf16 for native, fp32 for the others.
     """
 
-    alpha: float | str | None = _setting(
+    alpha: float | str | None = setting(
         AUTO,
         "migration strength of SmoothQuant, 0 to 1, or 'auto' to choose it for every smooth group "
         "by the change of the predictions, 'auto-global' to choose one for the model",
         type=parse_alpha,
     )
-    observer: str = _setting(
+    observer: str = setting(
         "minmax",
         "range of static activations: minmax, or clipped after a second pass over the smoothed "
         "model: to a percentile of the values, to the least squared error, or to the least KL "
         "divergence",
         choices=OBSERVERS,
     )
-    percentile: float = _setting(
+    percentile: float = setting(
         99.99, "share of the values that --observer percentile keeps, in percent", type=float
     )
-    activations: str | None = _setting(
+    activations: str | None = setting(
         None,
         "how inputs are rounded: static (per tensor), dynamic (per token), or mixed: per token "
         "where massive activations make static rounding cost most (default: mixed where alpha is "
         "searched and the backend rounds per token, else static)",
         choices=ACTIVATIONS,
     )
-    max_drop: str | None = _setting(
+    max_drop: str | None = setting(
         None,
         "largest loss on the calibration texts, in points of last-word accuracy (0.5) or as "
         "perplexity ratio (1.02x): the fewest layers that meet it leave static int8, first for "
         "per-token rounding, then for float",
         metavar="X",
     )
-    backend: str = _setting("auto", f"auto or one of: {', '.join(BACKENDS)}")
-    dtype: str | None = _setting(
+    backend: str = setting("auto", f"auto or one of: {', '.join(BACKENDS)}")
+    dtype: str | None = setting(
         None, "precision of what stays float (default: the backend's own)", choices=PRECISIONS
     )
 
@@ -166,102 +172,66 @@ class QuantConfig:
 class DataConfig:
     """Which texts are evaluated and which calibrate. Both sets are disjoint, or it is an error."""
 
-    dataset: str = _setting(
+    dataset: str = setting(
         "auto",
         "lambada, lambada_openai, embedded, a local .jsonl, or auto: lambada when the hub or its "
         "cache answers, else embedded",
     )
-    calib_dataset: str | None = _setting(
+    calib_dataset: str | None = setting(
         None,
         "texts to calibrate on, named as for --dataset (default: lambada's train split for "
         "lambada, the embedded calibration texts for everything else)",
     )
-    calib_samples: int = _setting(128, "number of calibration texts", type=int)
-    calib_max_tokens: int = _setting(
+    calib_samples: int = setting(128, "number of calibration texts", type=int)
+    calib_max_tokens: int = setting(
         128, "calibration texts are cut to this many tokens; equal lengths batch well", type=int
     )
-    limit: int | None = _setting(None, "evaluate only the first N documents", type=int)
-    seed: int = _setting(42, "seed of the choice of calibration texts", type=int)
+    limit: int | None = setting(None, "evaluate only the first N documents", type=int)
+    seed: int = setting(42, "seed of the choice of calibration texts", type=int)
 
     def __post_init__(self) -> None:
-        _check_positive("calib_samples", self.calib_samples)
-        _check_positive("calib_max_tokens", self.calib_max_tokens)
-        _check_positive("limit", self.limit)
-
-
-@dataclass(frozen=True)
-class ReviewConfig:
-    """Which reviews a classifier is calibrated, fine-tuned and evaluated on; the sets are apart."""
-
-    dataset: str = _setting(
-        "auto",
-        "amazon_polarity, embedded, a local .jsonl of text and label, or auto: amazon_polarity "
-        "when the hub or its cache answers, else embedded",
-    )
-    calib_dataset: str | None = _setting(
-        None,
-        "reviews to calibrate on, named as for --dataset (default: amazon_polarity's train split "
-        "for amazon_polarity, the embedded training reviews for everything else)",
-    )
-    num_samples: int = _setting(128, "number of calibration texts", type=int)
-    max_length: int = _setting(128, "texts are cut to this many tokens", type=int)
-    limit: int = _setting(1000, "evaluate at most the first N reviews", type=int)
-    seed: int = _setting(42, "seed of the choice of calibration texts", type=int)
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_length", "limit"):
-            _check_positive(name, getattr(self, name))
-
-
-@dataclass(frozen=True)
-class FineTuneConfig:
-    """A short training of a whole encoder with a new head."""
-
-    epochs: int = _setting(4, "passes over the training reviews", type=int)
-    learning_rate: float = _setting(1e-4, "of AdamW, falling linearly to 0", type=float)
-    train_batch_size: int = _setting(16, "reviews per step", type=int)
-    max_length: int = _setting(128, "texts are cut to this many tokens", type=int)
-    seed: int = _setting(42, "seed of the head, the order and dropout", type=int)
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "train_batch_size", "max_length"):
-            _check_positive(name, getattr(self, name))
-        if not 0.0 < self.learning_rate < 1.0:
-            raise ConfigError(f"learning_rate must lie between 0 and 1, not {self.learning_rate}")
+        check_positive("calib_samples", self.calib_samples)
+        check_positive("calib_max_tokens", self.calib_max_tokens)
+        check_positive("limit", self.limit)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """How documents are run through the model. None of these changes a result."""
 
-    batch_size: int = _setting(16, "documents per forward pass", type=int)
-    log_frequency: int = _setting(
+    batch_size: int = setting(16, "documents per forward pass", type=int)
+    log_frequency: int = setting(
         10, "batches between two log lines where stderr is no terminal", type=int
     )
 
     def __post_init__(self) -> None:
-        _check_positive("batch_size", self.batch_size)
-        _check_positive("log_frequency", self.log_frequency)
+        check_positive("batch_size", self.batch_size)
+        check_positive("log_frequency", self.log_frequency)
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """A forward-pass benchmark: what is timed, and how often."""
 
-    batch_size: int = _setting(16, "sequences per batch", type=int)
-    sequence_length: int = _setting(196, "tokens per sequence", type=int)
-    logits: str = _setting(
+    batch_size: int = setting(16, "sequences per batch", type=int)
+    sequence_length: int = setting(196, "tokens per sequence", type=int)
+    logits: str = setting(
         "all",
         "positions whose logits are computed: all, or last as a prefill needs",
         choices=LOGITS,
     )
-    iterations: int = _setting(7, "timed forward passes of each precision", type=int)
-    warmup: int = _setting(2, "untimed passes first (IPEX fuses its graph in the second)", type=int)
-    seed: int = _setting(42, "seed of the random token ids", type=int)
+    padded: bool = setting(
+        False,
+        "rows of different lengths, from a quarter of the sequence length up, padded to it",
+        action="store_true",
+    )
+    iterations: int = setting(7, "timed forward passes of each precision", type=int)
+    warmup: int = setting(2, "untimed passes first (IPEX fuses its graph in the second)", type=int)
+    seed: int = setting(42, "seed of the random token ids", type=int)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "iterations", "warmup"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         _check_choice("logits", self.logits, LOGITS)
 
 
@@ -269,10 +239,10 @@ class BenchmarkConfig:
 class ModelConfig:
     """Which model."""
 
-    model_name_or_path: str = _setting(
+    model_name_or_path: str = setting(
         EMBEDDED, "hub name or local folder (default: SmolLM2-135M-Instruct from its PyPI package)"
     )
-    trust_remote_code: bool = _setting(
+    trust_remote_code: bool = setting(
         False, "run code that comes with the model", action="store_true"
     )
 
@@ -281,14 +251,14 @@ class ModelConfig:
 class PlantConfig:
     """Outlier channels planted into a model."""
 
-    channels: int = _setting(4, "channels of every norm", type=int)
-    factor: float = _setting(
+    channels: int = setting(4, "channels of every norm", type=int)
+    factor: float = setting(
         64.0, "how much larger they become; a power of two keeps every bit", type=float
     )
-    seed: int = _setting(42, "seed that draws the channels", type=int)
+    seed: int = setting(42, "seed that draws the channels", type=int)
 
     def __post_init__(self) -> None:
-        _check_positive("channels", self.channels)
+        check_positive("channels", self.channels)
         if not (math.isfinite(self.factor) and self.factor > 0.0):
             raise ConfigError(f"factor must be a positive number, not {self.factor}")
 
@@ -297,7 +267,7 @@ class PlantConfig:
 class OutputConfig:
     """Where results go besides stdout."""
 
-    output: Path | None = _setting(None, "write the JSON result to this file", type=Path)
+    output: Path | None = setting(None, "write the JSON result to this file", type=Path)
 
 
 def flag_settings(config_class: type) -> list[Field[Any]]:

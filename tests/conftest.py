@@ -23,7 +23,7 @@ LANE = os.environ.get("IPEX_SQ_LANE", "ipex" if HAS_IPEX else "native")
 INT8_BACKENDS = ("native", "ipex") if LANE == "ipex" else ("native",)
 """Not skipped where IPEX is missing: in the IPEX lane a missing IPEX must fail."""
 
-CORE_FAMILIES = ("bloom", "opt", "llama")
+CORE_FAMILIES = ("bloom", "opt", "llama", "bert")
 """Those that are compiled and traced in tests; the others run the same code uncompiled."""
 
 TEXTS = [

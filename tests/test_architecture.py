@@ -20,6 +20,7 @@ LEVELS = [
     {"backends"},
     {"models", "data"},
     {"recipe"},
+    {"review_config"},
     {"config", "system", "hub"},
     {"errors"},
 ]

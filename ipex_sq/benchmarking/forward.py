@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,17 @@ from ipex_sq.backends.base import Backend
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.quantization import quantize_model
 from ipex_sq.backends.registry import choose_backend
-from ipex_sq.config import AUTO, BenchmarkConfig, DataConfig, ModelConfig, QuantConfig
-from ipex_sq.data.calibration import calibration_batches, choose_texts
-from ipex_sq.data.lambada import load_lambada
+from ipex_sq.benchmarking.subjects import Subject
+from ipex_sq.checkpoint.saving import load
+from ipex_sq.config import AUTO, BenchmarkConfig, QuantConfig
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.body import logits_at
-from ipex_sq.models.loading import load_model
+from ipex_sq.models.running import run_model
 from ipex_sq.models.topology import quantizable_linears
 from ipex_sq.system import peak_rss_bytes, reset_peak_rss
 
-LATENCY_CALIBRATION_TEXTS = 8
-"""Latency does not depend on the ranges: a few texts set them."""
+SHORTEST_SHARE = 0.25
+"""Of the sequence length, for the shortest row of a padded batch."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class Contender:
         label: "fp32", "bf16", "int8" or "int8+sq".
         backend: "eager", "compiled" or an int8 backend.
         precision: "fp32", "bf16" or "int8".
-        quant: Recipe of an int8 one.
+        quant: Recipe of an int8 one that is quantized now.
+        checkpoint: Folder of an int8 one that is loaded.
     """
 
     label: str
     backend: str
     precision: str
     quant: QuantConfig | None = None
+    checkpoint: str | None = None
 
 
 def contenders(quants: list[tuple[str, QuantConfig]]) -> list[Contender]:
@@ -59,8 +62,8 @@ def contenders(quants: list[tuple[str, QuantConfig]]) -> list[Contender]:
 class ForwardBenchmark:
     """Times forward passes of several forms of one model on the same token ids."""
 
-    def __init__(self, model: ModelConfig, config: BenchmarkConfig) -> None:
-        self._model, self._config = model, config
+    def __init__(self, subject: Subject, config: BenchmarkConfig) -> None:
+        self._subject, self._config = subject, config
 
     def run(self, contender: Contender) -> dict[str, Any]:
         """Prepare one model, time it, and describe it.
@@ -86,6 +89,7 @@ class ForwardBenchmark:
             "backend": contender.backend,
             "precision": contender.precision,
             "median_ms": median,
+            "p90_ms": quantile(times, 0.9),
             "min_ms": min(times),
             "max_ms": max(times),
             "first_call_ms": first,
@@ -96,16 +100,15 @@ class ForwardBenchmark:
         }
 
     def _prepare(self, contender: Contender) -> tuple[nn.Module, int, int]:
-        model, tokenizer = load_model(
-            self._model.model_name_or_path, trust_remote_code=self._model.trust_remote_code
-        )
+        model, batches = self._subject.load()
         config: Any = model.config
         linears, _ = quantizable_linears(model)
         operations = 2 * sum(linear.weight.numel() for linear in linears.values())
         vocabulary = int(config.vocab_size)
+        if contender.checkpoint is not None:
+            return load(contender.checkpoint), vocabulary, operations
         if contender.quant is None:
             return _float_model(model, contender), vocabulary, operations
-        batches = _calibration(tokenizer)
         quantized = quantize_model(model, batches, contender.quant)
         return quantized.model, vocabulary, operations
 
@@ -114,21 +117,28 @@ class ForwardBenchmark:
         generator = torch.Generator().manual_seed(config.seed)
         shape = (config.batch_size, config.sequence_length)
         ids = torch.randint(vocabulary, shape, generator=generator)
-        mask = torch.ones_like(ids)
+        batch = {"input_ids": ids, "attention_mask": self._mask(generator)}
         last = torch.arange(1, config.batch_size + 1) * config.sequence_length - 1
-
-        def forward() -> Tensor:
-            logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-            return logits
 
         @torch.inference_mode()
         def call() -> Tensor:
             if config.logits == "all":
-                return forward()
+                return run_model(model, batch)
             with logits_at(model, last):
-                return forward()
+                return run_model(model, batch)
 
         return call
+
+    def _mask(self, generator: torch.Generator) -> Tensor:
+        """All ones, or rows that end in padding: lengths even between a quarter and the whole."""
+        config = self._config
+        rows, most = config.batch_size, config.sequence_length
+        if not config.padded:
+            return torch.ones(rows, most, dtype=torch.long)
+        least = max(1, round(SHORTEST_SHARE * most))
+        lengths = torch.randint(least, most + 1, (rows, 1), generator=generator)
+        lengths[0] = most
+        return (torch.arange(most)[None] < lengths).long()
 
 
 def _float_model(model: nn.Module, contender: Contender) -> nn.Module:
@@ -137,10 +147,10 @@ def _float_model(model: nn.Module, contender: Contender) -> nn.Module:
     return Backend.optimize_float(NativeBackend(), model, contender.precision, {})
 
 
-def _calibration(tokenizer: Any) -> list[dict[str, Tensor]]:
-    texts = load_lambada("embedded", purpose="calibration").documents
-    chosen = choose_texts(texts, LATENCY_CALIBRATION_TEXTS, DataConfig.seed)
-    return calibration_batches(chosen, tokenizer)
+def quantile(times: Sequence[float], share: float) -> float:
+    """The smallest time that `share` of the times do not exceed."""
+    ordered = sorted(times)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def _milliseconds(call: Callable[[], Tensor]) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, in_fresh_process, show
-from ipex_sq.config import BACKENDS, BenchmarkConfig, ModelConfig, OutputConfig
+from ipex_sq.config import BACKENDS, RANDOM_SHAPES, BenchmarkConfig, ModelConfig, OutputConfig
 from ipex_sq.errors import ConfigError
 
 DESCRIPTION = """\
@@ -21,6 +24,10 @@ EXAMPLES = """\
   python benchmark.py --model_name_or_path bigscience/bloom-560m --int8
   python benchmark.py --int8 --sq --backend native --batch_size 1 --sequence_length 512
   python benchmark.py --int8 --logits last                # as the prefill of generate()
+  python -m ipex_sq benchmark --model_path results/quantized/embedded --batch_size 8 \\
+      --sequence_length 128 --padded
+  python -m ipex_sq benchmark --random_weights bert-base --int8 --batch_size 8 \\
+      --sequence_length 128
 """
 
 
@@ -28,6 +35,15 @@ def parser() -> Parser:
     """The flags of benchmark.py."""
     flags = Parser(DESCRIPTION, EXAMPLES)
     flags.add_config(ModelConfig)
+    flags.add_flag(
+        "model_path",
+        help="a sequence classifier instead: an int8 folder of `quantize`, or a float one",
+    )
+    flags.add_flag(
+        "random_weights",
+        metavar="SHAPE",
+        help=f"a known shape with random weights instead: {', '.join(RANDOM_SHAPES)}",
+    )
     flags.add_flag("int8", action="store_true", help="time static INT8 too")
     flags.add_flag("sq", action="store_true", help="time it with SmoothQuant (needs --int8)")
     flags.add_flag(
@@ -49,11 +65,12 @@ def command(arguments: Sequence[str]) -> None:
     flags = parser().parse_args(arguments)
     if flags.sq and not flags.int8:
         raise ConfigError("--sq smooths for INT8: add --int8")
-    model, config = build(ModelConfig, flags), build(BenchmarkConfig, flags)
+    config = build(BenchmarkConfig, flags)
     check_output(flags.output)
 
     from ipex_sq.backends.registry import backends_to_compare
     from ipex_sq.benchmarking.forward import (
+        Contender,
         ForwardBenchmark,
         add_speedups,
         contenders,
@@ -62,15 +79,49 @@ def command(arguments: Sequence[str]) -> None:
     from ipex_sq.report.latency import latency_report
     from ipex_sq.system import provenance
 
+    subject, folder = _subject(flags)
     label = ("int8+sq" if flags.sq else "int8",)
     quants = int8_quants(backends_to_compare(flags.backend), label) if flags.int8 else []
-    benchmark = ForwardBenchmark(model, config)
-    rows = [in_fresh_process(benchmark.run, contender) for contender in contenders(quants)]
+    timed = contenders(quants)
+    if folder is not None:
+        timed.append(Contender(*_checkpoint_label(folder), "int8", checkpoint=str(folder)))
+    benchmark = ForwardBenchmark(subject, config)
+    rows = [in_fresh_process(benchmark.run, contender) for contender in timed]
     add_speedups(rows)
     result = {
-        "model": model.model_name_or_path,
+        "model": flags.model_path or flags.random_weights or flags.model_name_or_path,
         **provenance(),
         "config": asdict(config),
         "results": rows,
     }
     show(latency_report(result), result, flags.output)
+
+
+def _subject(flags: argparse.Namespace) -> tuple[Any, Path | None]:
+    """The float model to time, and the int8 folder that was made of it, or None."""
+    from ipex_sq.benchmarking.subjects import CLASSIFIER, RANDOM, Subject
+    from ipex_sq.evaluation.reviews import check_task, is_checkpoint
+
+    if flags.model_path and flags.random_weights:
+        raise ConfigError("--model_path and --random_weights name two models: pass one")
+    if flags.random_weights:
+        return Subject(flags.random_weights, RANDOM), None
+    if not flags.model_path:
+        model = build(ModelConfig, flags)
+        trust = model.trust_remote_code
+        return Subject(model.model_name_or_path, trust_remote_code=trust), None
+    if not is_checkpoint(flags.model_path):
+        return Subject(flags.model_path, CLASSIFIER), None
+    if flags.int8:
+        raise ConfigError("--int8 quantizes a float model: --model_path is an int8 folder already")
+    folder = Path(flags.model_path)
+    source = str(check_task(folder)["made_from"].get("model", ""))
+    return Subject(source, CLASSIFIER), folder
+
+
+def _checkpoint_label(folder: Path) -> tuple[str, str]:
+    from ipex_sq.checkpoint.folders import read_manifest
+    from ipex_sq.checkpoint.saving import load_plan
+
+    smoothed = load_plan(folder).alpha is not None
+    return "int8+sq" if smoothed else "int8", read_manifest(folder)["backend"]

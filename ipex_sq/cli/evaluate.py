@@ -12,8 +12,9 @@ from typing import Any
 from ipex_sq.cli.eval_lambada import add_alpha
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, show
-from ipex_sq.config import EMBEDDED, EvaluationConfig, OutputConfig, QuantConfig, ReviewConfig
+from ipex_sq.config import EMBEDDED, EvaluationConfig, OutputConfig, QuantConfig
 from ipex_sq.errors import ConfigError, IpexSqError
+from ipex_sq.review_config import ReviewConfig
 
 DESCRIPTION = """\
 Accuracy, F1 and confusion matrix of a sequence classifier on labelled reviews: of an int8 model of

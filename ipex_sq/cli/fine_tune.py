@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, show
-from ipex_sq.config import EMBEDDED, FineTuneConfig, OutputConfig, ReviewConfig
+from ipex_sq.config import EMBEDDED, OutputConfig
 from ipex_sq.errors import ConfigError
+from ipex_sq.review_config import FineTuneConfig, ReviewConfig
 
 DESCRIPTION = """\
 Train a whole encoder with a classification head on reviews, seeded, on this CPU, and save it. The
@@ -56,56 +59,74 @@ def command(arguments: Sequence[str]) -> None:
     check_output(flags.output)
 
     from ipex_sq.checkpoint.folders import check_writable, replace_folder
-    from ipex_sq.data.documents import check_disjoint, row_digests
-    from ipex_sq.data.reviews import load_reviews, training_reviews
+    from ipex_sq.data.documents import row_digests
     from ipex_sq.evaluation.runs import describe
-    from ipex_sq.models.embedded_encoder import embedded_classifier_place
     from ipex_sq.models.finetuning import TRAINING, Labelled, fine_tune
     from ipex_sq.system import provenance
 
-    folder: Path | None = flags.output_dir
-    if folder is None:
-        if flags.model != EMBEDDED:
-            raise ConfigError("--output_dir names where to save the classifier")
-        folder = embedded_classifier_place()
-    record = folder / TRAINING
+    folder = _folder(flags)
     asked = {"model": flags.model, "dataset": flags.dataset, "train": flags.train_dataset}
     asked |= {"limit": flags.limit, **asdict(config)}
-    if record.is_file() and not flags.force:
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["asked"] == asked:
-            show(f"{folder} was fine-tuned before (--force trains again)", known, flags.output)
-            return
+    known = _record(folder / TRAINING)
+    if known.get("asked") == asked and not flags.force:
+        show(f"{folder} was fine-tuned before (--force trains again)", known, flags.output)
+        return
     check_writable(folder, TRAINING)
-    evaluation = load_reviews(flags.dataset).first(flags.limit)
-    if flags.train_dataset is None:
-        training = training_reviews(evaluation)
-    else:
-        training = load_reviews(flags.train_dataset, purpose="calibration")
-    check_disjoint(training.documents, evaluation.documents)
-    sets = [
+    sets = _reviews(flags)
+    training, validation = (
         Labelled([r.text for r in texts.documents], [r.label for r in texts.documents])
-        for texts in (training, evaluation)
-    ]
-    classifier, accuracies = fine_tune(flags.model, sets[0], sets[1], config)
+        for texts in sets
+    )
+    classifier, accuracies = fine_tune(flags.model, training, validation, config)
     result = {
         "model": flags.model,
         "folder": folder.name,
         **provenance(),
         "asked": asked,
-        "training": describe(training),
-        "validation": describe(evaluation),
+        "training": describe(sets[0]),
+        "validation": describe(sets[1]),
         "accuracies": accuracies,
-        "row_sha256": row_digests(training.documents),
     }
 
     def write(scratch: Path) -> None:
         classifier.model.save_pretrained(scratch)  # type: ignore[operator]
         classifier.tokenizer.save_pretrained(scratch)
-        (scratch / TRAINING).write_text(json.dumps(result) + "\n", encoding="utf-8")
+        record = {**result, "row_sha256": row_digests(sets[0].documents)}
+        (scratch / TRAINING).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     replace_folder(folder, write, TRAINING)
     reached = ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies)
-    table = f"{folder}: accuracy on {evaluation.name} after each epoch: {reached}"
-    shown = {key: value for key, value in result.items() if key != "row_sha256"}
-    show(table, shown, flags.output)
+    table = f"{folder}: accuracy on {sets[1].name} after each epoch: {reached}"
+    show(table, result, flags.output)
+
+
+def _folder(flags: argparse.Namespace) -> Path:
+    from ipex_sq.models.embedded_encoder import embedded_classifier_place
+
+    if flags.output_dir is not None:
+        return Path(flags.output_dir)
+    if flags.model != EMBEDDED:
+        raise ConfigError("--output_dir names where to save the classifier")
+    return embedded_classifier_place()
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a classifier was trained on, or nothing where it was not."""
+    if not path.is_file():
+        return {}
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in record.items() if key != "row_sha256"}
+
+
+def _reviews(flags: argparse.Namespace) -> tuple[Any, Any]:
+    """Reviews to train on, and to validate on."""
+    from ipex_sq.data.documents import check_disjoint
+    from ipex_sq.data.reviews import load_reviews, training_reviews
+
+    validation = load_reviews(flags.dataset).first(flags.limit)
+    if flags.train_dataset is None:
+        training = training_reviews(validation)
+    else:
+        training = load_reviews(flags.train_dataset, purpose="calibration")
+    check_disjoint(training.documents, validation.documents)
+    return training, validation

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, show, write_atomically
-from ipex_sq.config import EMBEDDED, ReviewConfig
+from ipex_sq.config import EMBEDDED
 from ipex_sq.errors import ConfigError
+from ipex_sq.review_config import ReviewConfig
 
 DESCRIPTION = """\
 Run a sequence classifier over calibration texts and write minimum, maximum and largest absolute

@@ -10,8 +10,9 @@ from typing import Any
 from ipex_sq.cli.eval_lambada import add_alpha
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, show
-from ipex_sq.config import EMBEDDED, OutputConfig, QuantConfig, ReviewConfig
+from ipex_sq.config import EMBEDDED, OutputConfig, QuantConfig
 from ipex_sq.errors import CheckpointError, ConfigError
+from ipex_sq.review_config import ReviewConfig
 
 DESCRIPTION = """\
 Quantize a sequence classifier to static INT8 (W8A8), with SmoothQuant unless --no_sq, and save it
@@ -82,28 +83,32 @@ def command(arguments: Sequence[str]) -> None:
     }
     save(quantized.model, folder, classifier.tokenizer, made_from=made_from)
     problem = "" if classifier.trained_head else warn_untrained(flags.model)
-    plan = quantized.plan
-    assert plan is not None  # noqa: S101
     result = {
         "model": flags.model,
         "folder": str(folder),
         "problem": problem,
         **provenance(),
-        "backend": quantized.backend,
-        "alpha": quantized.alpha,
-        "int8_linears": quantized.int8_linears,
-        "smooth_groups": plan.placements,
-        "undone_folds": made_from["undone_folds"],
+        **_description(quantized),
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "seconds": quantized.seconds,
     }
-    groups = ", ".join(f"{count} {placement}" for placement, count in plan.placements.items())
+    groups = ", ".join(f"{count} {kind}" for kind, count in result["smooth_groups"].items())
     table = (
         f"{folder}: {quantized.int8_linears} Linears in int8 on {quantized.backend}, alpha "
         f"{quantized.alpha}, smooth groups: {groups}; {result['bytes'] / 2**20:.1f} MiB, "
         f"{sum(quantized.seconds.values()):.1f} s"
     )
     show(f"{table}\n{problem}".rstrip(), result, flags.output)
+
+
+def _description(quantized: Any) -> dict[str, Any]:
+    return {
+        "backend": quantized.backend,
+        "alpha": quantized.alpha,
+        "int8_linears": quantized.int8_linears,
+        "smooth_groups": quantized.plan.placements,
+        "undone_folds": dict(quantized.undone_folds),
+        "seconds": quantized.seconds,
+    }
 
 
 def _config(flags: argparse.Namespace) -> QuantConfig:

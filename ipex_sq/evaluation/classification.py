@@ -87,6 +87,22 @@ def evaluate_classifier(
     if not reviews:
         raise DataError("there are no reviews to evaluate")
     check_labels(reviews, len(classifier.classes))
+    predicted, truncated = predict(classifier, reviews, config, max_length=max_length)
+    return ClassificationResult(predicted, tuple(review.label for review in reviews), truncated)
+
+
+def predict(
+    classifier: Classifier,
+    reviews: Sequence[Review],
+    config: EvaluationConfig = EvaluationConfig(),  # noqa: B008
+    *,
+    max_length: int | None = None,
+) -> tuple[tuple[int, ...], int]:
+    """The class of every review, in the order given, and how many reviews were cut.
+
+    Raises:
+        NumericalCheckError: The model produced logits that are not finite.
+    """
     rows, truncated = _encode(classifier, reviews, max_length)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]), reverse=True)
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
@@ -97,8 +113,7 @@ def evaluate_classifier(
             if not bool(torch.isfinite(logits).all()):
                 raise NumericalCheckError("the model produced logits that are not finite")
             predicted |= dict(zip(indices, logits.argmax(dim=-1).tolist(), strict=True))
-    guesses = tuple(predicted[index] for index in range(len(rows)))
-    return ClassificationResult(guesses, tuple(review.label for review in reviews), truncated)
+    return tuple(predicted[index] for index in range(len(rows))), truncated
 
 
 def _encode(

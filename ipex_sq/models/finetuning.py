@@ -10,10 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ipex_sq.config import EMBEDDED, FineTuneConfig
+from ipex_sq.config import EMBEDDED
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.classifier import Classifier, load_classifier
 from ipex_sq.models.embedded_encoder import embedded_encoder_folder
+from ipex_sq.review_config import FineTuneConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +50,23 @@ def fine_tune(
         ConfigError: One class only.
         DataError, UnsupportedModelError: see `load_classifier`.
     """
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
     classes = max([*training.labels, *validation.labels]) + 1
     if classes < LEAST_LABELS or len(set(training.labels)) < LEAST_LABELS:
         raise ConfigError("the training reviews are all of one class: pass reviews of at least two")
     source = str(embedded_encoder_folder()) if name_or_path == EMBEDDED else name_or_path
     classifier = load_classifier(source, num_labels=classes)
+    return _train(classifier, (training, validation), config)
+
+
+def _train(
+    classifier: Classifier, sets: tuple[Labelled, Labelled], config: FineTuneConfig
+) -> tuple[Classifier, list[float]]:
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
     set_seed(config.seed)
     progress = _progress_callback()
+    training, validation = (_rows(classifier, labelled, config.max_length) for labelled in sets)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=classifier.model,
@@ -75,8 +83,8 @@ def fine_tune(
                 report_to=[],
                 use_cpu=True,
             ),
-            train_dataset=_rows(classifier, training, config.max_length),
-            eval_dataset=_rows(classifier, validation, config.max_length),
+            train_dataset=training,
+            eval_dataset=validation,
             data_collator=DataCollatorWithPadding(classifier.tokenizer),
             compute_metrics=_accuracy,
             callbacks=[progress],

@@ -45,6 +45,25 @@ def test_agrees_with_reference(family, backend, alpha, batches, unseen):
     assert relative_error(got, wanted) < max(FP32_BOUND, FLIPPED_SHARE * quantization_error)
 
 
+@pytest.mark.parametrize("backend", INT8_BACKENDS)
+def test_token_types_count_on_every_backend(backend, batches, unseen):
+    """A body that is traced must not leave the second segment of a pair out."""
+    typed = [{**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])} for batch in batches]
+    for batch in typed:
+        batch["token_type_ids"][:, 8:] = 1
+    pair = {**unseen, "token_type_ids": (torch.arange(24) >= 12).long().expand(8, 24)}
+    logits = {}
+    for name in ("reference", backend):
+        config = QuantConfig(alpha=0.5, backend=name, dtype="fp32")
+        model = tiny_model("bert")
+        with torch.no_grad():
+            model.bert.embeddings.token_type_embeddings.weight.mul_(50.0)
+        model = quantize(model, typed, config)
+        logits[name] = logits_of(model, pair)
+        assert relative_error(logits_of(model, unseen), logits[name]) > 2 * FP32_BOUND
+    assert relative_error(logits[backend], logits["reference"]) < FP32_BOUND
+
+
 @pytest.mark.parametrize(("alpha", "activations"), [(None, "dynamic"), ("auto", "mixed")])
 def test_agrees_with_reference_per_token(monkeypatch, alpha, activations, batches, unseen):
     for module in (mixing, planning):

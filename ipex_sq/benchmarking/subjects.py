@@ -1,0 +1,68 @@
+"""What is timed: a causal language model, a classifier, or a known shape with random weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ipex_sq.config import DataConfig
+from ipex_sq.data.calibration import calibration_batches, choose_texts
+from ipex_sq.data.lambada import load_lambada
+from ipex_sq.data.reviews import load_reviews
+from ipex_sq.models.classifier import load_classifier
+from ipex_sq.models.loading import SEQUENCE_CLASSIFICATION, load_model, task_of
+from ipex_sq.models.shapes import random_model
+from ipex_sq.review_config import ReviewConfig
+
+CALIBRATION_TEXTS = 8
+"""Latency does not depend on the ranges: a few texts set them."""
+
+CAUSAL_LM, CLASSIFIER, RANDOM = "causal-lm", "classifier", "random"
+
+RANDOM_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to load.
+
+    Attributes:
+        name: Hub name, folder, "embedded", or a shape.
+        kind: "causal-lm", "classifier" or "random" (weights, of the shape `name`).
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    name: str
+    kind: str = CAUSAL_LM
+    trust_remote_code: bool = False
+
+    def load(self) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+        """The float model, and a few batches to calibrate on."""
+        if self.kind == RANDOM:
+            return _random(self.name)
+        trust = self.trust_remote_code
+        if self.kind == CLASSIFIER:
+            classifier = load_classifier(self.name, trust_remote_code=trust)
+            reviews = load_reviews("embedded", purpose="calibration").documents
+            chosen = choose_texts(reviews, CALIBRATION_TEXTS, ReviewConfig.seed)
+            inputs = classifier.inputs
+            batches = calibration_batches(chosen, classifier.tokenizer, 128, inputs=inputs)
+            return classifier.model, batches
+        model, tokenizer = load_model(self.name, trust_remote_code=trust)
+        texts = load_lambada("embedded", purpose="calibration").documents
+        chosen_texts = choose_texts(texts, CALIBRATION_TEXTS, DataConfig.seed)
+        return model, calibration_batches(chosen_texts, tokenizer)
+
+
+def _random(name: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    model = random_model(name)
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    generator = torch.Generator().manual_seed(0)
+    shape = (CALIBRATION_TEXTS, RANDOM_TOKENS)
+    ids = torch.randint(2, vocabulary, shape, generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if task_of(model) == SEQUENCE_CLASSIFICATION:
+        batch["token_type_ids"] = torch.zeros_like(ids)
+    return model, [batch]

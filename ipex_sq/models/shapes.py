@@ -1,0 +1,66 @@
+"""Models of known shapes with random weights, so that speed can be measured without a download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipex_sq.config import RANDOM_SHAPES
+from ipex_sq.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A published model's configuration.
+
+    Attributes:
+        config: Name of its configuration class in transformers.
+        settings: Where it differs from the class's defaults.
+        classifier: Whether it gets a classification head rather than a language model's.
+    """
+
+    config: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    classifier: bool = False
+
+
+SHAPES: dict[str, Shape] = {
+    "bert-base": Shape("BertConfig", {"vocab_size": 30522}, classifier=True),
+    "bert-large": Shape(
+        "BertConfig",
+        {
+            "vocab_size": 30522,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+        classifier=True,
+    ),
+    "bloom-560m": Shape(
+        "BloomConfig", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
+    ),
+    "opt-125m": Shape("OPTConfig", {}),
+}
+
+
+def random_model(name: str, seed: int = 0) -> nn.Module:
+    """A model of the shape `name`, weights as its class draws them, in fp32 for inference.
+
+    Raises:
+        ConfigError: Unknown name.
+    """
+    import transformers
+
+    if name not in SHAPES:
+        raise unknown_name("shape", name, RANDOM_SHAPES)
+    shape = SHAPES[name]
+    config = getattr(transformers, shape.config)(**shape.settings)
+    kind = "SequenceClassification" if shape.classifier else "CausalLM"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+    return model.float().eval()

@@ -1,0 +1,102 @@
+"""Scores of a tiny classifier: by hand, for any batch size and order, float and int8."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import INT8_BACKENDS, TEXTS
+
+from ipex_sq.backends.quantization import quantize
+from ipex_sq.config import EvaluationConfig, QuantConfig
+from ipex_sq.data.calibration import calibration_batches
+from ipex_sq.data.reviews import Review
+from ipex_sq.errors import DataError, NumericalCheckError
+from ipex_sq.evaluation.classification import ClassificationResult, evaluate_classifier
+from ipex_sq.models.classifier import Classifier
+from ipex_sq.models.tiny import tiny_model
+
+LONG = " ".join(TEXTS)
+REVIEWS = [Review(text, number % 2) for number, text in enumerate([*TEXTS, LONG, "the cat"])]
+
+
+@pytest.fixture(scope="module")
+def classifier(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 128
+    return Classifier(tiny_model("bert"), tokenizer)
+
+
+def _logits(classifier, text, most=128):
+    ids = classifier.tokenizer(text, truncation=True, max_length=most, return_tensors="pt")
+    with torch.no_grad():
+        return classifier.model(input_ids=ids["input_ids"])[0][0]
+
+
+def test_predictions_are_those_of_each_text_alone(classifier):
+    result = evaluate_classifier(classifier, REVIEWS)
+    alone = [int(_logits(classifier, review.text).argmax()) for review in REVIEWS]
+    assert list(result.predicted) == alone
+    assert result.truncated == 0
+
+
+@pytest.mark.parametrize("backend", [None, *INT8_BACKENDS])
+def test_batch_size_and_order_change_nothing(backend, classifier):
+    if backend is not None:
+        inputs = classifier.inputs
+        batches = calibration_batches(REVIEWS[:4], classifier.tokenizer, inputs=inputs)
+        config = QuantConfig(alpha=0.5, backend=backend, dtype="fp32")
+        model = quantize(tiny_model("bert"), batches, config)
+        classifier = replace(classifier, model=model)
+    one, many = (
+        evaluate_classifier(classifier, REVIEWS, EvaluationConfig(batch_size=size))
+        for size in (1, 5)
+    )
+    turned = evaluate_classifier(classifier, REVIEWS[::-1], EvaluationConfig(batch_size=3))
+    assert one.predicted == many.predicted == turned.predicted[::-1]
+
+
+def test_longer_texts_are_cut_and_counted(classifier):
+    result = evaluate_classifier(classifier, REVIEWS, max_length=15)
+    lengths = [len(classifier.tokenizer(review.text)["input_ids"]) for review in REVIEWS]
+    assert result.truncated == sum(length > 15 for length in lengths) > 0
+    assert result.predicted[6] == int(_logits(classifier, LONG, 15).argmax())
+    with pytest.raises(DataError, match="more than the 128 positions"):
+        evaluate_classifier(classifier, REVIEWS, max_length=129)
+
+
+def test_token_types_reach_the_model(classifier):
+    tokenizer = copy.deepcopy(classifier.tokenizer)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    classifier = replace(classifier, tokenizer=tokenizer)
+    seen = []
+    handle = classifier.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(set(kwargs)), with_kwargs=True
+    )
+    with handle:
+        evaluate_classifier(classifier, REVIEWS)
+    assert seen
+    assert all(names >= set(tokenizer.model_input_names) for names in seen)
+
+
+def test_measures_by_hand():
+    result = ClassificationResult((0, 1, 1, 1), (0, 0, 1, 1), 0)
+    assert result.accuracy == 0.75
+    assert result.confusion_matrix(2) == [[1, 1], [0, 2]]
+    assert result.f1(2) == pytest.approx(2 * 2 / (2 * 2 + 1 + 0))
+    assert result.f1(3) == pytest.approx((2 / 3 + 0.8) / 2)
+    assert result.stderr == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+
+
+def test_what_cannot_be_scored_is_refused(classifier):
+    with pytest.raises(DataError, match="no reviews"):
+        evaluate_classifier(classifier, [])
+    with pytest.raises(DataError, match="label 2"):
+        evaluate_classifier(classifier, [Review("a", 2), Review("b", 0)])
+    with pytest.raises(DataError, match="label 1"):
+        evaluate_classifier(classifier, [Review("a b", 1)])
+    broken = copy.deepcopy(classifier.model)
+    with torch.no_grad():
+        broken.classifier.bias.fill_(float("nan"))
+    with pytest.raises(NumericalCheckError, match="not finite"):
+        evaluate_classifier(replace(classifier, model=broken), REVIEWS)
