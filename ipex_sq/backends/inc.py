@@ -36,9 +36,10 @@ DEFAULT_ALPHA = 0.5
 class TracedModel(nn.Module):
     """A traced model behind the call that the evaluations make."""
 
-    def __init__(self, graph: Any, inputs: Sequence[str]) -> None:
+    def __init__(self, graph: Any, inputs: Sequence[str], config: Any) -> None:
         super().__init__()
         self.graph = graph
+        self.config = config
         self.inputs = tuple(inputs)
         self.int8_linears = count_int8_linears(graph)
 
@@ -102,8 +103,9 @@ class IncBackend:
         # It keeps its state in a file of the working directory.
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), _silenced():
             names, _ = tracing_inputs(batches[0])
+            config = model.config  # the recipe may rebuild the model
             graph = _quantize(_Logits(model, names).eval(), batches, alpha)
-            return TracedModel(graph, names)
+            return TracedModel(graph, names, config)
 
 
 def _quantize(model: nn.Module, batches: Sequence[Batch], alpha: float | None) -> Any:
