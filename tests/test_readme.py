@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from ipex_sq.cli import benchmark, eval_lambada, families, plant_outliers, sensitivity
+from ipex_sq.cli import (
+    benchmark,
+    eval_lambada,
+    evaluate,
+    families,
+    fine_tune,
+    generate_scales,
+    plant_outliers,
+    quantize,
+    sensitivity,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,6 +33,11 @@ PARSERS = {
     "-m ipex_sq sensitivity": sensitivity.parser,
     "-m ipex_sq plant-outliers": plant_outliers.parser,
     "-m ipex_sq families": families.parser,
+    "-m ipex_sq fine-tune": fine_tune.parser,
+    "-m ipex_sq generate-scales": generate_scales.parser,
+    "-m ipex_sq quantize": quantize.parser,
+    "-m ipex_sq evaluate": evaluate.parser,
+    "-m ipex_sq benchmark": benchmark.parser,
 }
 
 

@@ -93,6 +93,7 @@ def write_atomically(path: Path, text: str) -> None:
             scratch.write(text)
             scratch.flush()
             os.fsync(scratch.fileno())
+        Path(scratch.name).chmod(0o644)  # a temporary file is its owner's alone
         os.replace(scratch.name, path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
