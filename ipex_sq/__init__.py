@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from ipex_sq.config import QuantConfig as QuantConfig
     from ipex_sq.data.calibration import calibration_batches as calibration_batches
     from ipex_sq.data.lambada import load_lambada as load_lambada
+    from ipex_sq.data.reviews import load_reviews as load_reviews
     from ipex_sq.errors import IpexSqError as IpexSqError
+    from ipex_sq.evaluation.classification import evaluate_classifier as evaluate_classifier
     from ipex_sq.evaluation.lambada import evaluate_lambada as evaluate_lambada
     from ipex_sq.models.calibration import calibrate as calibrate
+    from ipex_sq.models.classifier import load_classifier as load_classifier
     from ipex_sq.models.loading import load_model as load_model
+    from ipex_sq.review_config import ReviewConfig as ReviewConfig
 
 __version__ = "0.1.0"
 
@@ -33,13 +37,17 @@ _HOMES = {
     "EvaluationConfig": "config",
     "IpexSqError": "errors",
     "QuantConfig": "config",
+    "ReviewConfig": "review_config",
     "available_backends": "backends.registry",
     "calibrate": "models.calibration",
     "calibration_batches": "data.calibration",
+    "evaluate_classifier": "evaluation.classification",
     "evaluate_lambada": "evaluation.lambada",
     "load": "checkpoint.saving",
+    "load_classifier": "models.classifier",
     "load_lambada": "data.lambada",
     "load_model": "models.loading",
+    "load_reviews": "data.reviews",
     "plan": "backends.quantization",
     "quantize": "backends.quantization",
     "save": "checkpoint.saving",

@@ -29,6 +29,8 @@ ONLY_IMPORTER = {
     "datasets": "data",
     "intel_extension_for_pytorch": "backends/ipex.py backends/inc.py",
     "neural_compressor": "backends/inc.py",
+    "openvino": "benchmarking/openvino_peer.py",
+    "nncf": "benchmarking/openvino_peer.py",
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -17,6 +17,7 @@ from ipex_sq.backends.base import Backend
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.quantization import quantize_model
 from ipex_sq.backends.registry import choose_backend
+from ipex_sq.benchmarking import openvino_peer
 from ipex_sq.benchmarking.subjects import Subject
 from ipex_sq.checkpoint.saving import load
 from ipex_sq.config import AUTO, BenchmarkConfig, QuantConfig
@@ -36,7 +37,7 @@ class Contender:
 
     Attributes:
         label: "fp32", "bf16", "int8" or "int8+sq".
-        backend: "eager", "compiled" or an int8 backend.
+        backend: "eager", "compiled", an int8 backend or a peer.
         precision: "fp32", "bf16" or "int8".
         quant: Recipe of an int8 one that is quantized now.
         checkpoint: Folder of an int8 one that is loaded.
@@ -105,6 +106,8 @@ class ForwardBenchmark:
         linears, _ = quantizable_linears(model)
         operations = 2 * sum(linear.weight.numel() for linear in linears.values())
         vocabulary = int(config.vocab_size)
+        if contender.backend == openvino_peer.NAME:
+            return openvino_peer.openvino_int8(model, batches), vocabulary, operations
         if contender.checkpoint is not None:
             return load(contender.checkpoint), vocabulary, operations
         if contender.quant is None:

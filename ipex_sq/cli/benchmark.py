@@ -30,6 +30,8 @@ EXAMPLES = """\
       --sequence_length 128
 """
 
+PEERS = ("openvino",)
+
 
 def parser() -> Parser:
     """The flags of benchmark.py."""
@@ -51,6 +53,11 @@ def parser() -> Parser:
         default="auto",
         help=f"auto (all that can run) or some of: {', '.join(BACKENDS)}, comma-separated",
     )
+    flags.add_flag(
+        "peers",
+        choices=PEERS,
+        help="also time int8 of another toolkit (install requirements-peers.txt first)",
+    )
     flags.add_config(BenchmarkConfig)
     flags.add_config(OutputConfig)
     return flags
@@ -69,6 +76,7 @@ def command(arguments: Sequence[str]) -> None:
     check_output(flags.output)
 
     from ipex_sq.backends.registry import backends_to_compare
+    from ipex_sq.benchmarking import openvino_peer
     from ipex_sq.benchmarking.forward import (
         Contender,
         ForwardBenchmark,
@@ -83,6 +91,9 @@ def command(arguments: Sequence[str]) -> None:
     label = ("int8+sq" if flags.sq else "int8",)
     quants = int8_quants(backends_to_compare(flags.backend), label) if flags.int8 else []
     timed = contenders(quants)
+    if flags.peers:
+        openvino_peer.check_installed()
+        timed.append(Contender("int8+sq", openvino_peer.NAME, "int8"))
     if folder is not None:
         timed.append(Contender(*_checkpoint_label(folder), "int8", checkpoint=str(folder)))
     benchmark = ForwardBenchmark(subject, config)

@@ -147,7 +147,7 @@ def _loading_error(name: str, error: OSError) -> DataError:
     if problem and not Path(name).exists():
         return DataError(
             f"{name} is not in the local cache and the hub is unreachable: {problem}. Pass a "
-            "local folder, or leave out --model_name_or_path for the embedded model"
+            "local folder, or leave the model out for the embedded one"
         )
     return DataError(f"{name} could not be loaded: {_first_line(error)}")
 
