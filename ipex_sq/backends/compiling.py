@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_sq.backends.attention import inductor
-
 
 def compiler_problem() -> str | None:
     """Why torch.compile cannot build CPU code here, or None."""
@@ -43,7 +41,7 @@ class _CompiledForward:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._eager = forward
-        self._compiled = torch.compile(forward, dynamic=True, backend=inductor)
+        self._compiled = torch.compile(forward, dynamic=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cached = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
