@@ -25,7 +25,7 @@ from ipex_sq.backends.ipex import (
     quiet,
     tracing_inputs,
 )
-from ipex_sq.models.running import run_model
+from ipex_sq.models.body import LogitsForTracing, in_order
 from ipex_sq.recipe.batching import Batch, rows_of
 
 PACKAGE = "neural_compressor_pt"
@@ -52,24 +52,8 @@ class TracedModel(nn.Module):
     ) -> tuple[Tensor]:
         """Map ids and mask, `[batch, tokens]`, to logits."""
         del use_cache
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": types,
-        }
-        outputs = self.graph(*(given[name] for name in self.inputs))
+        outputs = self.graph(*in_order(self.inputs, input_ids, attention_mask, token_type_ids))
         return (outputs if isinstance(outputs, Tensor) else outputs[0],)
-
-
-class _Logits(nn.Module):
-    def __init__(self, model: nn.Module, inputs: Sequence[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.inputs = tuple(inputs)
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return run_model(self.model, dict(zip(self.inputs, tensors, strict=True)))
 
 
 class IncBackend:
@@ -104,7 +88,7 @@ class IncBackend:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), _silenced():
             names, _ = tracing_inputs(batches[0])
             config = model.config  # the recipe may rebuild the model
-            graph = _quantize(_Logits(model, names).eval(), batches, alpha)
+            graph = _quantize(LogitsForTracing(model, names).eval(), batches, alpha)
             return TracedModel(graph, names, config)
 
 

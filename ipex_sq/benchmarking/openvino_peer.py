@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.errors import BackendUnavailableError
-from ipex_sq.models.running import run_model
+from ipex_sq.models.body import LogitsForTracing, in_order
 from ipex_sq.recipe.batching import Batch
 
 NAME = "openvino"
@@ -57,7 +57,7 @@ def openvino_int8(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's notes
         converted = openvino.convert_model(
-            _Logits(model, names), example_input=tuple(example.values())
+            LogitsForTracing(model, names), example_input=tuple(example.values())
         )
     rows = [tuple(batch[name].numpy() for name in names) for batch in batches]
     with contextlib.redirect_stdout(sys.stderr):  # its progress bars
@@ -95,20 +95,8 @@ class OpenVinoModel(nn.Module):
         token_type_ids: Tensor | None = None,
     ) -> tuple[Tensor]:
         """Map `[batch, tokens]` to logits."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        given = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
+        given = in_order(self.inputs, input_ids, attention_mask, token_type_ids)
         outputs = self.request.infer(
-            [given[name].numpy() for name in self.inputs], share_inputs=True, share_outputs=True
+            [tensor.numpy() for tensor in given], share_inputs=True, share_outputs=True
         )
         return (torch.from_numpy(outputs[0]),)
-
-
-class _Logits(nn.Module):
-    def __init__(self, model: nn.Module, inputs: Sequence[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.inputs = tuple(inputs)
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return run_model(self.model, dict(zip(self.inputs, tensors, strict=True)))

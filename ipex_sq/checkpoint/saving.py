@@ -32,6 +32,16 @@ PLAN_JSON = "quant_plan.json"
 PLAN_TENSORS = "quant_plan.safetensors"
 
 
+def check_savable(backend: str) -> None:
+    """Refuse, before the work, a backend whose models cannot be saved.
+
+    Raises:
+        ConfigError: Says which can.
+    """
+    if backend not in (NativeBackend.name, IpexBackend.name):
+        raise ConfigError(f"backend {backend!r} cannot be saved: use native or ipex")
+
+
 def save(
     model: nn.Module,
     folder: str | Path,

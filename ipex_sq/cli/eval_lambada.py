@@ -173,10 +173,10 @@ def _output_folder(flags: argparse.Namespace, runs: list[Any]) -> Path | None:
         return None
     from ipex_sq.backends.registry import choose_backend
     from ipex_sq.checkpoint.folders import check_writable
+    from ipex_sq.checkpoint.saving import check_savable
 
     backend = choose_backend(runs[0].quant.backend).backend.name
-    if backend not in ("native", "ipex"):
-        raise ConfigError(f"backend {backend!r} cannot be saved: use native or ipex")
+    check_savable(backend)
     folder: Path = flags.output_dir
     if folder == DEFAULT_FOLDER:
         recipe = runs[0].label.replace("+", "-")
@@ -186,19 +186,12 @@ def _output_folder(flags: argparse.Namespace, runs: list[Any]) -> Path | None:
 
 
 def _document(model: str, texts: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    from ipex_sq.evaluation.runs import describe
+    from ipex_sq.evaluation.runs import describe_texts
     from ipex_sq.system import provenance
 
-    evaluated = describe(texts.evaluation)
-    calibrated = describe(texts.calibration) if texts.calibration else None
     return {
         "model": model,
-        "dataset": evaluated["dataset"],
-        "dataset_split": evaluated["split"],
-        "dataset_why": texts.evaluation.why or "asked for",
-        "dataset_sha256": evaluated["sha256"],
-        "rows": evaluated["rows"],
-        "calibration": calibrated,
+        **describe_texts(texts.evaluation, texts.calibration),
         **provenance(),
         "results": rows,
     }

@@ -150,20 +150,14 @@ def _baseline(flags: argparse.Namespace, folder: Path) -> str | None:
 
 
 def _document(model: str, texts: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    from ipex_sq.evaluation.runs import describe
+    from ipex_sq.evaluation.runs import describe_texts
     from ipex_sq.models.classifier import warn_untrained
     from ipex_sq.system import provenance
 
-    evaluated = describe(texts.evaluation)
     return {
         "model": model,
         "problem": "" if rows[-1]["trained_head"] else warn_untrained(model),
-        "dataset": evaluated["dataset"],
-        "dataset_split": evaluated["split"],
-        "dataset_why": texts.evaluation.why or "asked for",
-        "dataset_sha256": evaluated["sha256"],
-        "rows": evaluated["rows"],
-        "calibration": describe(texts.calibration) if texts.calibration else None,
+        **describe_texts(texts.evaluation, texts.calibration),
         **provenance(),
         "results": rows,
     }

@@ -64,17 +64,19 @@ def command(arguments: Sequence[str]) -> None:
     check_output(flags.output)
 
     from ipex_sq.backends.quantization import check_config, quantize_model
+    from ipex_sq.backends.registry import choose_backend
     from ipex_sq.checkpoint.folders import check_writable
-    from ipex_sq.checkpoint.saving import save
+    from ipex_sq.checkpoint.saving import check_savable, save
     from ipex_sq.models.classifier import load_classifier, warn_untrained
     from ipex_sq.system import provenance
 
     check_config(config)
+    check_savable(choose_backend(config.backend).backend.name)
     folder = Path(flags.output_dir) / (Path(flags.model).name or EMBEDDED)
     check_writable(folder)
     classifier = load_classifier(flags.model)
-    statistics = _statistics(flags, classifier, data)
-    quantized = quantize_model(classifier.model, *statistics[:1], config, source=statistics[1])
+    statistics, source = _statistics(flags, classifier, data)
+    quantized = quantize_model(classifier.model, statistics, config, source=source)
     made_from = {
         "model": _findable(flags.model),
         "trained_head": classifier.trained_head,

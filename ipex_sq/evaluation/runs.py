@@ -105,6 +105,19 @@ def describe(texts: TextSet[Any]) -> dict[str, Any]:
     }
 
 
+def describe_texts(evaluation: TextSet[Any], calibration: TextSet[Any] | None) -> dict[str, Any]:
+    """What a result says of the texts that were scored and calibrated on."""
+    evaluated = describe(evaluation)
+    return {
+        "dataset": evaluated["dataset"],
+        "dataset_split": evaluated["split"],
+        "dataset_why": evaluation.why or "asked for",
+        "dataset_sha256": evaluated["sha256"],
+        "rows": evaluated["rows"],
+        "calibration": None if calibration is None else describe(calibration),
+    }
+
+
 def float_description(run: Run) -> dict[str, Any]:
     """What a float row says of its model."""
     return {

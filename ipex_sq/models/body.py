@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.errors import UnsupportedModelError
-from ipex_sq.models.running import without_cache
+from ipex_sq.models.running import run_model, without_cache
+
+
+def in_order(
+    names: Sequence[str], input_ids: Tensor, mask: Tensor | None, types: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The tensors that `names` name, for a graph that takes them by place; missing ones filled."""
+    given = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids) if mask is None else mask,
+        "token_type_ids": torch.zeros_like(input_ids) if types is None else types,
+    }
+    return tuple(given[name] for name in names)
 
 
 class ReplacedBody(nn.Module):
@@ -43,12 +55,10 @@ class ReplacedBody(nn.Module):
             BaseModelOutputWithPooling,
         )
 
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        given = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
-        if "token_type_ids" not in self.inputs and bool(types.any()):
+        typed = token_type_ids is not None and bool(token_type_ids.any())
+        if typed and "token_type_ids" not in self.inputs:
             raise UnsupportedModelError("this body was traced without token_type_ids")
-        outputs = self.run(*(given[name] for name in self.inputs))
+        outputs = self.run(*in_order(self.inputs, input_ids, attention_mask, token_type_ids))
         if isinstance(outputs, Tensor):
             return BaseModelOutputWithPast(last_hidden_state=outputs.to(self.dtype))
         hidden, pooled = (output.to(self.dtype) for output in outputs)
@@ -90,6 +100,20 @@ class BodyForTracing(nn.Module):
         outputs = self.body(**given, **without_cache(self.body), return_dict=False)
         found = tuple(output for output in outputs if isinstance(output, Tensor))
         return found[0] if len(found) == 1 else found
+
+
+class LogitsForTracing(nn.Module):
+    """A whole model with tensors in and its logits out."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[str]) -> None:
+        """`inputs` name the tensors, in the order in which they will be given."""
+        super().__init__()
+        self.model = model
+        self.inputs = tuple(inputs)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Map the named tensors, `[batch, tokens]` each, to logits."""
+        return run_model(self.model, dict(zip(self.inputs, tensors, strict=True)))
 
 
 @contextmanager

@@ -127,8 +127,10 @@ def test_other_bad_input(place, scales, tmp_path, capsys):
         (["--model", model, "--no_sq", "--alpha", "0.5"], "leave --no_sq out"),
         (["--model", model, "--act_scales_path", str(tmp_path / "no.json")], "cannot be read"),
         (["--model", str(place / "decoder")], "use eval_lambada.py"),
+        (["--model", model, "--backend", "reference"], "'reference' cannot be saved"),
     ):
-        out = ["--output_dir", str(tmp_path / "out"), "--backend", "native"]
+        out = ["--output_dir", str(tmp_path / "out")]
+        out += [] if "--backend" in flags else ["--backend", "native"]
         assert message in fails(capsys, [*flags, *out], quantize.command)
 
 
