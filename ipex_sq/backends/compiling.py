@@ -14,6 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipex_sq.backends.attention import inductor
+
+KINDS = 256
+"""Forms of one layer (model, precision, recipe, grad mode) that a process may compile.
+
+Past PyTorch's own limit of 8 it goes on uncompiled, several times slower and with other last bits.
+"""
+
 
 def compiler_problem() -> str | None:
     """Why torch.compile cannot build CPU code here, or None."""
@@ -31,6 +39,9 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
 
 def compile_layers(model: nn.Module) -> nn.Module:
     """Compile every repeated layer of `model` in place, for any batch size and length."""
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * KINDS)
     for layer in find_layers(model):
         layer.forward = _CompiledForward(layer.forward)  # type: ignore[assignment, method-assign]
     return model
@@ -41,7 +52,7 @@ class _CompiledForward:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._eager = forward
-        self._compiled = torch.compile(forward, dynamic=True)
+        self._compiled = torch.compile(forward, dynamic=True, backend=inductor)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cached = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))

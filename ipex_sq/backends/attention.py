@@ -1,0 +1,96 @@
+"""Attention as batched matmuls, for short sequences in compiled bf16 layers.
+
+PyTorch's CPU kernel for scaled dot product attention keeps memory small for long sequences; at 100
+to 200 tokens two batched bf16 matmuls and a softmax between them take about half its time
+(docs/log.md, 2026-11-22). Inductor is given the matmuls in the kernel's place; the model's own code
+is not touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+
+MOST_TOKENS = 256
+"""Above, the scores of all pairs cost more memory traffic than the kernel saves."""
+
+VERSION = "ipex_sq batched attention 1"
+"""Part of Inductor's cache key: to be changed with `batched_attention`."""
+
+SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def batched_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    """What `aten._scaled_dot_product_flash_attention_for_cpu` computes, with fp32 softmax.
+
+    Args:
+        query: `[batch, heads, tokens, size]`.
+        key: `[batch, key heads, keys, size]`; the key heads divide the heads.
+        value: As `key`.
+        dropout_p: 0 only.
+        is_causal: Each token sees itself and those before it.
+        attn_mask: Added to the scores, broadcast to `[batch, heads, tokens, keys]`, or None.
+        scale: Of the scores; None is 1 / sqrt(size).
+
+    Returns:
+        `[batch, heads, tokens, size]` and the logarithm of the softmax's sums; or
+        `NotImplemented`, which leaves the kernel in its place.
+    """
+    batch, heads, tokens, size = query.shape
+    key_heads, keys = key.shape[1], key.shape[2]
+    if dropout_p or query.dtype != torch.bfloat16 or tokens > MOST_TOKENS or keys > MOST_TOKENS:
+        return NotImplemented
+    rows = heads // key_heads * tokens  # heads that share keys become rows of one matmul
+    scaled = query * (1.0 / math.sqrt(size) if scale is None else scale)
+    # Contiguous and transposed: oneDNN takes twice as long over views of [batch, tokens, heads].
+    transposed = key.transpose(2, 3).contiguous().view(batch * key_heads, size, keys)
+    scores = torch.bmm(scaled.contiguous().view(batch * key_heads, rows, size), transposed)
+    scores = scores.view(batch, heads, tokens, keys).float()
+    if is_causal:
+        place = torch.arange(keys, device=query.device)
+        later = place[None, :] > place[:tokens, None]
+        scores = scores.masked_fill(later, torch.finfo(torch.float32).min)
+    if attn_mask is not None:
+        # Finite, so that a row that is masked all over stays finite too.
+        scores = scores + attn_mask.float().clamp(min=torch.finfo(torch.float32).min / 2)
+    weights = scores.softmax(dim=-1).to(query.dtype).view(batch * key_heads, rows, keys)
+    output = torch.bmm(weights, value.contiguous().view(batch * key_heads, keys, size))
+    output = output.view(batch, heads, tokens, size)
+    # The kernel's strides: [batch, tokens, heads, size] in memory.
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)
+    return output, scores.logsumexp(dim=-1)
+
+
+class _Mark(CustomGraphPass):
+    """Does nothing but put `VERSION` into the cache key of compiled graphs."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Leave the graph as it is."""
+
+    def uuid(self) -> str:
+        """What the cache key holds."""
+        return VERSION
+
+
+def inductor(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """Inductor with `batched_attention`, as a backend for torch.compile."""
+    table = {**select_decomp_table(), SDPA: batched_attention}
+    patches = {"post_grad_custom_pre_pass": _Mark()}
+    compiled: Any = compile_fx(graph, inputs, config_patches=patches, decompositions=table)
+    return compiled  # type: ignore[no-any-return]
