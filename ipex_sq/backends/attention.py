@@ -21,10 +21,26 @@ from torch._inductor.decomposition import select_decomp_table
 MOST_TOKENS = 256
 """Above, the scores of all pairs cost more memory traffic than the kernel saves."""
 
-VERSION = "ipex_sq batched attention 1"
+VERSION = "ipex_sq batched attention 2"
 """Part of Inductor's cache key: to be changed with `batched_attention`."""
 
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+_LIBRARY = torch.library.Library("ipex_sq", "FRAGMENT")
+_LIBRARY.define("causal_bias(SymInt tokens, SymInt keys) -> Tensor")
+
+
+def _causal_bias(tokens: int, keys: int) -> Tensor:
+    return torch.full((tokens, keys), torch.finfo(torch.float32).min / 2).triu(1)
+
+
+# An operator of our own, because Inductor would compare int64 positions again for every score.
+_LIBRARY.impl("causal_bias", _causal_bias, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ipex_sq::causal_bias", lib=_LIBRARY)
+def _bias_shape(tokens: int, keys: int) -> Tensor:
+    return torch.empty(tokens, keys)
 
 
 def batched_attention(
@@ -63,9 +79,7 @@ def batched_attention(
     scores = torch.bmm(scaled.contiguous().view(batch * key_heads, rows, size), transposed)
     scores = scores.view(batch, heads, tokens, keys).float()
     if is_causal:
-        place = torch.arange(keys, device=query.device)
-        later = place[None, :] > place[:tokens, None]
-        scores = scores.masked_fill(later, torch.finfo(torch.float32).min)
+        scores = scores + torch.ops.ipex_sq.causal_bias(tokens, keys)
     if attn_mask is not None:
         # Finite, so that a row that is masked all over stays finite too.
         scores = scores + attn_mask.float().clamp(min=torch.finfo(torch.float32).min / 2)

@@ -77,9 +77,9 @@ class Int8Linear(nn.Module):
         in_features: Width of the input with its copies.
         out_features: Width of the output.
         per_token: Whether the input is rounded per token rather than by a static scale.
-        multiplier: `[in_features]`, 1 / (smoothing scale * activation scale), fp32; per token only
-            1 / smoothing scale.
-        channels: `[copies]`, the input's channels that are appended to it, or None.
+        multiplier: `[in_features - copies]`, 1 / (smoothing scale * activation scale), fp32; per
+            token only 1 / smoothing scale.
+        channels: `[copies]`, the input's channels whose levels are appended to it, or None.
         input_scale: Scalar fp32, 1 per token; a tensor, because a Python float would be compiled
             in and make every layer a graph of its own.
         input_zero_point: Scalar int32.
@@ -122,10 +122,11 @@ class Int8Linear(nn.Module):
         self.per_token = activation is None
         if activation is None:
             activation = ActivationQParams(1.0, TOKEN_ZERO_POINT)
+        channels = None if prescale is None else prescale.channels
+        features = self.in_features - (0 if channels is None else len(channels))
         divisor = None if prescale is None else prescale.divisor
-        if divisor is None:
-            divisor = torch.ones(self.in_features)
-        self.register_buffer("channels", None if prescale is None else prescale.channels)
+        divisor = torch.ones(features) if divisor is None else divisor[:features]
+        self.register_buffer("channels", channels)
         self.register_buffer("multiplier", 1.0 / (divisor * activation.scale))
         self.register_buffer("input_scale", torch.tensor(activation.scale))
         zero_point = torch.tensor(activation.zero_point, dtype=torch.int32)
@@ -138,14 +139,17 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features - copies]`, any float, to `[..., out_features]`."""
-        x = append_copies(x, self.channels).float() * self.multiplier
+        x = x.float() * self.multiplier
         if self.per_token:
             scale = token_scale(x)
-            product = self._multiply(quantize_tokens(x, scale), None, torch.float32) * scale
+            levels = append_copies(quantize_tokens(x, scale), self.channels)
+            product = self._multiply(levels, None, torch.float32) * scale
             return (product if self.bias is None else product + self.bias).to(self.output_dtype)
         levels = torch.round(x) + self.input_zero_point
-        rounded = levels.clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
-        return self._multiply(rounded, self.bias, self.output_dtype)
+        levels = levels.clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
+        # Copies have the levels of their channels, and bytes are cheaper to copy than floats.
+        levels = append_copies(levels, self.channels)
+        return self._multiply(levels, self.bias, self.output_dtype)
 
     def _multiply(self, levels: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         output: Tensor = torch.ops.ipex_sq.int8_linear(
