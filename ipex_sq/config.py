@@ -58,10 +58,10 @@ def check_alpha(alpha: float) -> float:
 
 @dataclass(frozen=True)
 class Drop:
-    """The loss that `--max_drop` allows on the calibration texts.
+    """The loss that `--max_drop` allows on held-out texts.
 
     Attributes:
-        points: Of last-word accuracy against fp32, or None.
+        points: Of next-token accuracy against fp32, or None.
         ratio: Of perplexity to fp32's, at least 1, or None.
     """
 
@@ -136,9 +136,9 @@ class QuantConfig:
     )
     max_drop: str | None = setting(
         None,
-        "largest loss on the calibration texts, in points of last-word accuracy (0.5) or as "
-        "perplexity ratio (1.02x): the fewest layers that meet it leave static int8, first for "
-        "per-token rounding, then for float",
+        "largest loss over the tokens of held-out texts (a quarter of the calibration texts), in "
+        "points of accuracy (0.5) or as perplexity ratio (1.02x): the fewest layers that meet it "
+        "leave static int8, first for per-token rounding, then for float",
         metavar="X",
     )
     backend: str = setting("auto", f"auto or one of: {', '.join(BACKENDS)}")

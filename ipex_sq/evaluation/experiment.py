@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ipex_sq.backends.base import DTYPES, Backend
 from ipex_sq.backends.quantization import QuantizedModel, check_config, quantize_model
@@ -28,6 +28,9 @@ from ipex_sq.evaluation.runs import (
 )
 from ipex_sq.models.loading import load_model
 from ipex_sq.system import peak_rss_bytes, reset_peak_rss
+
+HELD_OUT = 4
+"""One text in so many is held out of the calibration, where `max_drop` measures."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,19 @@ def load_texts(config: DataConfig, *, calibrate: bool) -> Texts:
     return Texts(evaluation, chosen)
 
 
+def hold_out(texts: TextSet[Document]) -> tuple[TextSet[Document], TextSet[Document]]:
+    """The texts to calibrate on, and one in four, where `max_drop` measures.
+
+    Raises:
+        ConfigError: Fewer than four.
+    """
+    documents = texts.documents
+    if len(documents) < HELD_OUT:
+        raise ConfigError(f"--max_drop needs at least {HELD_OUT} calibration texts")
+    rest = tuple(item for index, item in enumerate(documents) if index % HELD_OUT)
+    return replace(texts, documents=rest), replace(texts, documents=documents[::HELD_OUT])
+
+
 class Experiment:
     """Runs that share a model, texts and one calibration."""
 
@@ -66,6 +82,7 @@ class Experiment:
         self._texts, self._model, self._data = texts, model, data
         self._evaluation = evaluation
         self._calibration: SharedCalibration | None = None
+        self._held_out: list[dict[str, Tensor]] = []
 
     def run(self, run: Run) -> Outcome:
         """Load, quantize where asked, and score one model."""
@@ -99,27 +116,32 @@ class Experiment:
         return Outcome(row, scores, ready, tokenizer)
 
     def _quantize(self, model: nn.Module, tokenizer: Any, quant: QuantConfig) -> QuantizedModel:
-        texts = self._texts.calibration
-        if texts is None:
+        check_config(quant)
+        if self._texts.calibration is None:
             raise ConfigError("int8 needs calibration texts")
         if self._calibration is None:
-            batches = calibration_batches(
-                texts.documents, tokenizer, max_tokens=self._data.calib_max_tokens
+            calibrated, held_out = self._texts.calibration, None
+            if quant.max_drop is not None:
+                calibrated, held_out = hold_out(calibrated)
+            self._calibration = SharedCalibration(
+                self._batches(calibrated, tokenizer), describe(calibrated)
             )
-            self._calibration = SharedCalibration(batches, describe(texts))
+            self._held_out = self._batches(held_out, tokenizer) if held_out else []
         if quant.max_drop is None:
             return self._calibration.quantize(model, quant)
-        check_config(quant)
         stats = self._calibration.stats(model, quant)
         backend = choose_backend(quant.backend).backend
         assert isinstance(backend, Backend)  # noqa: S101
         start = time.perf_counter()
-        search = Search(model, tokenizer, texts.documents, stats)
-        decided = plan_within_drop(search, quant, backend)
+        decided = plan_within_drop(Search(model, stats, self._held_out), quant, backend)
         seconds = time.perf_counter() - start
         quantized = quantize_model(model, stats, quant, decided=decided)
         quantized.seconds["max_drop"] = seconds
         return quantized
+
+    def _batches(self, texts: TextSet[Document], tokenizer: Any) -> list[dict[str, Tensor]]:
+        most = self._data.calib_max_tokens
+        return calibration_batches(texts.documents, tokenizer, max_tokens=most)
 
 
 def _accuracy(scores: LambadaResult) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 It starts from static int8 everywhere. Smooth groups are ordered by the KL divergence that it is
 expected to cost in them. A prefix of that order is rounded per token; if all of them do not
-suffice, a prefix stays float. The loss is measured on the calibration texts for each length that
-a binary search tries.
+suffice, a prefix stays float. The loss is measured for each length that a binary search tries, over
+every token of texts that were held out of the calibration: a plan loses nothing on those that it
+was made from.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -21,11 +21,11 @@ from ipex_sq.backends.native import int8_linear
 from ipex_sq.backends.quantization import rounding
 from ipex_sq.backends.reference import simulate_linear
 from ipex_sq.config import STATIC, Drop, QuantConfig, parse_drop
-from ipex_sq.data.documents import Document
 from ipex_sq.errors import ConfigError
-from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada
+from ipex_sq.evaluation.next_tokens import NextTokens, predict_tokens
 from ipex_sq.evaluation.pairing import paired_difference
 from ipex_sq.models.folding import apply_smoothing, correct_biases, replace_module
+from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT, STATIC_INT8, QuantPlan
 from ipex_sq.recipe.planning import ActStats, make_plan, search_costs
 from ipex_sq.system import EXACT_INT8_ISA, int8_isa
@@ -39,15 +39,13 @@ class Search:
 
     Attributes:
         model: Float model; it is not changed.
-        tokenizer: Its tokenizer.
-        documents: Calibration texts.
-        stats: Their statistics, with samples.
+        stats: Of the calibration texts, with samples.
+        held_out: Batches of other texts, unpadded.
     """
 
     model: nn.Module
-    tokenizer: Any
-    documents: Sequence[Document]
     stats: ActStats
+    held_out: Sequence[Batch]
 
 
 def plan_within_drop(search: Search, config: QuantConfig, backend: Backend) -> QuantPlan:
@@ -64,7 +62,7 @@ def plan_within_drop(search: Search, config: QuantConfig, backend: Backend) -> Q
     weights = {name: search.model.get_submodule(name).weight for name in search.stats.linears}
     modes = (STATIC_INT8, DYNAMIC_INT8) if backend.rounds_tokens else (STATIC_INT8,)
     costs = search_costs(search.stats, weights, wanted, modes)  # type: ignore[arg-type]
-    fp32 = evaluate_lambada(search.model, search.tokenizer, search.documents)
+    fp32 = predict_tokens(search.model, search.held_out)
 
     def planned(forced: dict[str, str]) -> QuantPlan:
         return make_plan(search.stats, weights, replace(wanted, forced=forced), costs)  # type: ignore[arg-type]
@@ -118,8 +116,8 @@ def _fewest(
     return prefix(enough)
 
 
-def _score(search: Search, decided: QuantPlan) -> LambadaResult:
-    """Scores of the plan on the calibration texts, uncompiled."""
+def _score(search: Search, decided: QuantPlan) -> NextTokens:
+    """Scores of the plan on the held-out texts, uncompiled."""
     model = copy.deepcopy(search.model)
     decided, _ = apply_smoothing(model, decided, search.stats.example)
     correct_biases(model, decided)
@@ -128,10 +126,10 @@ def _score(search: Search, decided: QuantPlan) -> LambadaResult:
             replace_module(model, name, int8_linear(model, decided, name))
         else:
             simulate_linear(model, decided, name)
-    return evaluate_lambada(model, search.tokenizer, search.documents)
+    return predict_tokens(model, search.held_out)
 
 
-def _within(scores: LambadaResult, fp32: LambadaResult, allowed: Drop) -> bool:
+def _within(scores: NextTokens, fp32: NextTokens, allowed: Drop) -> bool:
     if allowed.points is not None:
         return -paired_difference(scores, fp32).delta <= allowed.points
     assert allowed.ratio is not None  # noqa: S101

@@ -1,16 +1,19 @@
 import copy
 
 import pytest
+import torch
 from conftest import TEXTS
 
 from ipex_sq.backends.quantization import quantize
 from ipex_sq.backends.reference import ReferenceBackend
 from ipex_sq.config import QuantConfig, parse_drop
 from ipex_sq.data.calibration import calibration_batches
-from ipex_sq.data.documents import Document
+from ipex_sq.data.documents import Document, TextSet
 from ipex_sq.errors import ConfigError
-from ipex_sq.evaluation.lambada import evaluate_lambada
+from ipex_sq.evaluation.experiment import HELD_OUT, hold_out
 from ipex_sq.evaluation.max_drop import Search, plan_within_drop
+from ipex_sq.evaluation.next_tokens import predict_tokens
+from ipex_sq.evaluation.pairing import paired_difference
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing, correct_biases
 from ipex_sq.models.tiny import tiny_model
@@ -22,9 +25,14 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="module")
 def search(tokenizer):
+    """Measured on text drawn from the model itself, which it predicts better than int8 does."""
     model = tiny_model("llama")
     stats = calibrate(model, calibration_batches(DOCUMENTS, tokenizer))
-    return Search(model, tokenizer, DOCUMENTS, stats)
+    torch.manual_seed(0)
+    prompts = torch.arange(2, 66)[:, None]
+    with torch.no_grad():
+        ids = model.generate(prompts, max_new_tokens=40, do_sample=True, top_k=0)
+    return Search(model, stats, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
 
 
 def _out_of_static(search, max_drop):
@@ -33,21 +41,31 @@ def _out_of_static(search, max_drop):
     return len(decided.int8_names) - len(decided.names("static_int8")), decided
 
 
-@pytest.mark.parametrize("ratio", [10.0, 1.005, 1.0005])
-def test_the_plan_keeps_the_bound(search, ratio):
-    """The last one needs layers out of static int8; the first none."""
-    count, decided = _out_of_static(search, f"{ratio}x")
-    assert ratio == 1.005 or (count > 0) is (ratio < 1.005)
+def _int8(search, decided):
     model = copy.deepcopy(search.model)
     decided, _ = apply_smoothing(model, decided, search.stats.example)
     correct_biases(model, decided)
-    int8 = ReferenceBackend().lower(model, decided, search.stats.example, "fp32")
+    return ReferenceBackend().lower(model, decided, search.stats.example, "fp32")
+
+
+def _scores(search, model):
+    return predict_tokens(model, search.held_out)
+
+
+@pytest.mark.parametrize("ratio", [10.0, 1.002, 1.0005])
+def test_the_plan_keeps_the_bound(search, ratio):
+    """The last one needs layers out of static int8; the first none."""
+    count, decided = _out_of_static(search, f"{ratio}x")
+    assert ratio == 1.002 or (count > 0) is (ratio < 1.002)
+    fp32 = _scores(search, search.model)
     # The search measures with the int8 kernels: only rounding ties differ.
-    assert _perplexity(search, int8) <= 1.0005 * ratio * _perplexity(search, search.model)
+    assert _scores(search, _int8(search, decided)).perplexity <= 1.0002 * ratio * fp32.perplexity
 
 
-def _perplexity(search, model):
-    return evaluate_lambada(model, search.tokenizer, DOCUMENTS).perplexity
+def test_points_are_of_next_token_accuracy(search):
+    _, decided = _out_of_static(search, "0.5")
+    scores, fp32 = _scores(search, _int8(search, decided)), _scores(search, search.model)
+    assert paired_difference(scores, fp32).delta >= -0.6
 
 
 def test_layers_left_out_say_why(search):
@@ -69,3 +87,12 @@ def test_both_units():
 def test_quantize_alone_has_no_documents_to_measure_on(batches):
     with pytest.raises(ConfigError, match="documents"):
         quantize(tiny_model("llama"), batches, QuantConfig(max_drop="1", backend="reference"))
+
+
+def test_the_texts_to_measure_on_are_not_calibrated_on():
+    texts = TextSet("file", "file", tuple(DOCUMENTS))
+    calibrated, held_out = hold_out(texts)
+    assert not set(calibrated.documents) & set(held_out.documents)
+    assert {*calibrated.documents, *held_out.documents} == set(DOCUMENTS)
+    with pytest.raises(ConfigError, match="at least"):
+        hold_out(texts.first(HELD_OUT - 1))
