@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from ipex_sq.backends.quantization import plan as plan
     from ipex_sq.backends.quantization import quantize as quantize
     from ipex_sq.backends.registry import available_backends as available_backends
+    from ipex_sq.benchmark_config import BenchmarkConfig as BenchmarkConfig
     from ipex_sq.checkpoint.saving import load as load
     from ipex_sq.checkpoint.saving import save as save
-    from ipex_sq.config import BenchmarkConfig as BenchmarkConfig
     from ipex_sq.config import DataConfig as DataConfig
     from ipex_sq.config import EvaluationConfig as EvaluationConfig
     from ipex_sq.config import QuantConfig as QuantConfig
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BenchmarkConfig": "config",
+    "BenchmarkConfig": "benchmark_config",
     "DataConfig": "config",
     "EvaluationConfig": "config",
     "IpexSqError": "errors",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ipex_sq.cli import (
     benchmark,
+    compare,
     eval_lambada,
     evaluate,
     families,
@@ -22,6 +23,7 @@ from ipex_sq.errors import unknown_name
 COMMANDS = {
     "eval_lambada": eval_lambada.command,
     "benchmark": benchmark.command,
+    "compare": compare.command,
     "plant_outliers": plant_outliers.command,
     "sensitivity": sensitivity.command,
     "families": families.command,

@@ -20,7 +20,6 @@ OBSERVERS = ("minmax", "percentile", "mse", "kl")
 STATIC, DYNAMIC, MIXED = "static", "dynamic", "mixed"
 ACTIVATIONS = (STATIC, DYNAMIC, MIXED)
 PRECISIONS = ("fp32", "bf16")
-LOGITS = ("all", "last")
 RANDOM_SHAPES = ("bert-base", "bert-large", "bloom-560m", "opt-125m")
 
 
@@ -88,7 +87,12 @@ def parse_drop(text: str) -> Drop:
     return Drop(ratio=value) if text.endswith("x") else Drop(points=value)
 
 
-def _check_choice(kind: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(kind: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a name that is not known.
+
+    Raises:
+        ConfigError: With the nearest known name.
+    """
     if value not in known:
         raise unknown_name(kind, value, known)
 
@@ -156,16 +160,16 @@ class QuantConfig:
             parse_alpha(self.alpha)
         elif self.alpha is not None:
             check_alpha(self.alpha)
-        _check_choice("observer", self.observer, OBSERVERS)
+        check_choice("observer", self.observer, OBSERVERS)
         if not 50.0 < self.percentile <= 100.0:
             raise ConfigError(f"percentile must lie between 50 and 100, not {self.percentile}")
-        _check_choice("backend", self.backend, (*BACKENDS, "auto"))
+        check_choice("backend", self.backend, (*BACKENDS, "auto"))
         if self.max_drop is not None:
             parse_drop(self.max_drop)
         if self.activations is not None:
-            _check_choice("activations", self.activations, ACTIVATIONS)
+            check_choice("activations", self.activations, ACTIVATIONS)
         if self.dtype is not None:
-            _check_choice("dtype", self.dtype, PRECISIONS)
+            check_choice("dtype", self.dtype, PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -207,32 +211,6 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         check_positive("batch_size", self.batch_size)
         check_positive("log_frequency", self.log_frequency)
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """A forward-pass benchmark: what is timed, and how often."""
-
-    batch_size: int = setting(16, "sequences per batch", type=int)
-    sequence_length: int = setting(196, "tokens per sequence", type=int)
-    logits: str = setting(
-        "all",
-        "positions whose logits are computed: all, or last as a prefill needs",
-        choices=LOGITS,
-    )
-    padded: bool = setting(
-        False,
-        "rows of different lengths, from a quarter of the sequence length up, padded to it",
-        action="store_true",
-    )
-    iterations: int = setting(7, "timed forward passes of each precision", type=int)
-    warmup: int = setting(2, "untimed passes first (IPEX fuses its graph in the second)", type=int)
-    seed: int = setting(42, "seed of the random token ids", type=int)
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "iterations", "warmup"):
-            check_positive(name, getattr(self, name))
-        _check_choice("logits", self.logits, LOGITS)
 
 
 @dataclass(frozen=True)

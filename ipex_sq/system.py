@@ -38,6 +38,7 @@ class SystemCard:
         cores: Physical cores.
         threads: Threads that torch uses within an operator.
         memory_bytes: Installed memory.
+        allocator: What LD_PRELOAD puts in the place of the C library's, or "libc".
     """
 
     cpu: str
@@ -46,6 +47,7 @@ class SystemCard:
     cores: int
     threads: int
     memory_bytes: int
+    allocator: str
     platform: str
 
     @classmethod
@@ -61,6 +63,7 @@ class SystemCard:
             cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
             threads=torch.get_num_threads(),
             memory_bytes=psutil.virtual_memory().total,
+            allocator=_allocator(),
             platform=platform.platform(aliased=True, terse=True),
         )
 
@@ -145,6 +148,11 @@ def _process_peak() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _allocator() -> str:
+    preloaded = [Path(item).name for item in os.environ.get("LD_PRELOAD", "").split(":")]
+    return next((name for name in preloaded if "malloc" in name), "libc")
 
 
 def _cpu_name() -> str:

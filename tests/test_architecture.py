@@ -20,7 +20,7 @@ LEVELS = [
     {"backends"},
     {"models", "data"},
     {"recipe"},
-    {"review_config"},
+    {"review_config", "benchmark_config"},
     {"config", "system", "hub"},
     {"errors"},
 ]

@@ -143,15 +143,16 @@ class Int8Linear(nn.Module):
         if self.per_token:
             scale = token_scale(x)
             levels = append_copies(quantize_tokens(x, scale), self.channels)
-            product = self._multiply(levels, None, torch.float32) * scale
+            product = self.multiply(levels, None, torch.float32) * scale
             return (product if self.bias is None else product + self.bias).to(self.output_dtype)
         levels = torch.round(x) + self.input_zero_point
         levels = levels.clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
         # Copies have the levels of their channels, and bytes are cheaper to copy than floats.
         levels = append_copies(levels, self.channels)
-        return self._multiply(levels, self.bias, self.output_dtype)
+        return self.multiply(levels, self.bias, self.output_dtype)
 
-    def _multiply(self, levels: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def multiply(self, levels: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The product alone: uint8 levels `[..., in_features]` to `[..., out_features]`."""
         output: Tensor = torch.ops.ipex_sq.int8_linear(
             levels,
             self.input_scale,

@@ -12,14 +12,15 @@ from ipex_sq.data.calibration import calibration_batches, choose_texts
 from ipex_sq.data.lambada import load_lambada
 from ipex_sq.data.reviews import load_reviews
 from ipex_sq.models.classifier import load_classifier
-from ipex_sq.models.loading import SEQUENCE_CLASSIFICATION, load_model, task_of
-from ipex_sq.models.shapes import random_model
+from ipex_sq.models.loading import CAUSAL_LM, SEQUENCE_CLASSIFICATION, load_model, task_of
+from ipex_sq.models.shapes import is_classifier_shape, random_model
+from ipex_sq.models.sizes import ModelSize, named_size, shape_size
 from ipex_sq.review_config import ReviewConfig
 
 CALIBRATION_TEXTS = 8
 """Latency does not depend on the ranges: a few texts set them."""
 
-CAUSAL_LM, CLASSIFIER, RANDOM = "causal-lm", "classifier", "random"
+CLASSIFIER, RANDOM = "classifier", "random"
 
 RANDOM_TOKENS = 64
 
@@ -37,6 +38,18 @@ class Subject:
     name: str
     kind: str = CAUSAL_LM
     trust_remote_code: bool = False
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it has a classification head."""
+        return self.kind == CLASSIFIER or (self.kind == RANDOM and is_classifier_shape(self.name))
+
+    def size(self) -> ModelSize:
+        """Of the model, without loading it."""
+        if self.kind == RANDOM:
+            return shape_size(self.name)
+        task = SEQUENCE_CLASSIFICATION if self.kind == CLASSIFIER else CAUSAL_LM
+        return named_size(self.name, task, trust_remote_code=self.trust_remote_code)
 
     def load(self) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         """The float model, and a few batches to calibrate on."""

@@ -8,22 +8,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ipex_sq.benchmark_config import BenchmarkConfig
 from ipex_sq.cli.flags import Parser, build
-from ipex_sq.cli.running import check_output, in_fresh_process, show
-from ipex_sq.config import BACKENDS, RANDOM_SHAPES, BenchmarkConfig, ModelConfig, OutputConfig
+from ipex_sq.cli.running import check_output, show
+from ipex_sq.config import BACKENDS, RANDOM_SHAPES, ModelConfig, OutputConfig
 from ipex_sq.errors import ConfigError
 
 DESCRIPTION = """\
-Latency of one forward pass on this CPU: fp32 and bf16 as transformers runs them, bf16 compiled per
-layer, and with --int8 the int8 model of every backend that can run, each in a process of its own.
-stdout ends in one JSON line.
+Speed of one model on this CPU: fp32 and bf16 as transformers runs them, bf16 compiled per layer,
+and with --int8 the int8 model of every backend that can run. Each lives in a process of its own;
+they take turns in rotated order (docs/protocol.md). stdout ends in one JSON line.
 """
 
 EXAMPLES = """\
   python benchmark.py --int8                              # embedded model
+  python benchmark.py --compare                           # fp32, bf16, INT8 and INT8 + SmoothQuant
   python benchmark.py --model_name_or_path bigscience/bloom-560m --int8
   python benchmark.py --int8 --sq --backend native --batch_size 1 --sequence_length 512
-  python benchmark.py --int8 --logits last                # as the prefill of generate()
+  python benchmark.py --int8 --workload decode --batch_size 1 --sequence_length 32
+  python benchmark.py --int8 --num_instances 2 --cores_per_instance 1
   python -m ipex_sq benchmark --model_path results/quantized/embedded --batch_size 8 \\
       --sequence_length 128 --padded
   python -m ipex_sq benchmark --random_weights bert-base --int8 --batch_size 8 \\
@@ -48,6 +51,11 @@ def parser() -> Parser:
     )
     flags.add_flag("int8", action="store_true", help="time static INT8 too")
     flags.add_flag("sq", action="store_true", help="time it with SmoothQuant (needs --int8)")
+    flags.add_flag(
+        "compare",
+        action="store_true",
+        help="fp32 and bf16, eager and compiled, INT8 and INT8 + SmoothQuant on every backend",
+    )
     flags.add_flag(
         "backend",
         default="auto",
@@ -77,32 +85,31 @@ def command(arguments: Sequence[str]) -> None:
 
     from ipex_sq.backends.registry import backends_to_compare
     from ipex_sq.benchmarking import openvino_peer
-    from ipex_sq.benchmarking.forward import (
-        Contender,
-        ForwardBenchmark,
-        add_speedups,
-        contenders,
-        int8_quants,
-    )
+    from ipex_sq.benchmarking.contenders import Contender, contenders, int8_quants
+    from ipex_sq.benchmarking.cores import instance_cores
+    from ipex_sq.benchmarking.memory import check_memory
+    from ipex_sq.benchmarking.run import limits_json, run_benchmark
     from ipex_sq.report.latency import latency_report
     from ipex_sq.system import provenance
 
     subject, folder = _subject(flags)
-    label = ("int8+sq" if flags.sq else "int8",)
-    quants = int8_quants(backends_to_compare(flags.backend), label) if flags.int8 else []
-    timed = contenders(quants)
+    instance_cores(config)  # refused before the work
+    labels = ("int8", "int8+sq") if flags.compare else ("int8+sq" if flags.sq else "int8",)
+    int8 = flags.int8 or (flags.compare and folder is None)
+    quants = int8_quants(backends_to_compare(flags.backend), labels) if int8 else []
+    timed = contenders(quants, compare=flags.compare)
     if flags.peers:
         openvino_peer.check_installed()
         timed.append(Contender("int8+sq", openvino_peer.NAME, "int8"))
     if folder is not None:
         timed.append(Contender(*_checkpoint_label(folder), "int8", checkpoint=str(folder)))
-    benchmark = ForwardBenchmark(subject, config)
-    rows = [in_fresh_process(benchmark.run, contender) for contender in timed]
-    add_speedups(rows)
+    check_memory(timed, subject, config)
+    limits, rows = run_benchmark(timed, subject, config)
     result = {
         "model": flags.model_path or flags.random_weights or flags.model_name_or_path,
         **provenance(),
         "config": asdict(config),
+        "limits": limits_json(limits),
         "results": rows,
     }
     show(latency_report(result), result, flags.output)

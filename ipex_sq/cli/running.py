@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ipex_sq.errors import ConfigError, IpexSqError
 
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
 Command = Callable[[Sequence[str]], None]
 
 USER_ERROR = 2
@@ -45,16 +41,6 @@ def configure_logging() -> None:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def in_fresh_process(function: Callable[[Argument], Result], argument: Argument) -> Result:
-    """Call `function(argument)` in a new process, so that nothing before it changes its speed.
-
-    Both must be picklable; an exception comes back as it was.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=configure_logging) as pool:
-        return pool.submit(function, argument).result()
 
 
 def show(table: str, result: dict[str, Any], output: Path | None) -> None:

@@ -58,6 +58,17 @@ class Classifier:
         return tuple(str(config.id2label[index]) for index in range(config.num_labels))
 
 
+def classifier_source(name_or_path: str) -> tuple[str, dict[str, Any]]:
+    """As `resolve_source`; "embedded" is the classifier that `fine-tune` left.
+
+    Raises:
+        DataError: A path that is no model folder; nothing was fine-tuned yet.
+    """
+    if name_or_path == EMBEDDED:
+        return str(embedded_classifier_folder()), {"local_files_only": True}
+    return resolve_source(name_or_path)
+
+
 def load_classifier(
     name_or_path: str = EMBEDDED, *, num_labels: int | None = None, trust_remote_code: bool = False
 ) -> Classifier:
@@ -76,10 +87,7 @@ def load_classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    if name_or_path == EMBEDDED:
-        source, options = str(embedded_classifier_folder()), {"local_files_only": True}
-    else:
-        source, options = resolve_source(name_or_path)
+    source, options = classifier_source(name_or_path)
     options["trust_remote_code"] = trust_remote_code
     with loading_errors(name_or_path, "sequence classifier"):
         config = AutoConfig.from_pretrained(source, **options)

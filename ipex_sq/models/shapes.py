@@ -47,6 +47,27 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+def is_classifier_shape(name: str) -> bool:
+    """Whether the shape `name` has a classification head.
+
+    Raises:
+        ConfigError: Unknown name.
+    """
+    return _shape(name).classifier
+
+
+def shape_config(name: str) -> Any:
+    """The transformers configuration of the shape `name`.
+
+    Raises:
+        ConfigError: Unknown name.
+    """
+    import transformers
+
+    shape = _shape(name)
+    return getattr(transformers, shape.config)(**shape.settings)
+
+
 def random_model(name: str, seed: int = 0) -> nn.Module:
     """A model of the shape `name`, weights as its class draws them, in fp32 for inference.
 
@@ -55,12 +76,15 @@ def random_model(name: str, seed: int = 0) -> nn.Module:
     """
     import transformers
 
-    if name not in SHAPES:
-        raise unknown_name("shape", name, RANDOM_SHAPES)
-    shape = SHAPES[name]
-    config = getattr(transformers, shape.config)(**shape.settings)
-    kind = "SequenceClassification" if shape.classifier else "CausalLM"
+    kind = "SequenceClassification" if is_classifier_shape(name) else "CausalLM"
+    config = shape_config(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
     return model.float().eval()
+
+
+def _shape(name: str) -> Shape:
+    if name not in SHAPES:
+        raise unknown_name("shape", name, RANDOM_SHAPES)
+    return SHAPES[name]

@@ -1,4 +1,4 @@
-"""The latency table."""
+"""The tables of the benchmark."""
 
 from __future__ import annotations
 
@@ -7,34 +7,96 @@ from typing import Any
 from ipex_sq.report.tables import format_table
 
 HEADER = (
-    "model", "backend", "median ms", "p90", "min", "vs fp32", "vs best bf16", "tokens/s",
-    "Linear GOP/s", "prepare s", "peak GiB",
+    "model", "backend", "p50 ms", "p90", "min", "90 % spread", "vs fp32", "vs best bf16",
+    "tokens/s", "of the limit", "gemm / attn / elem / other", "setup s", "peak GiB",
+)  # fmt: skip
+DECODE_HEADER = (
+    "model", "backend", "TTFT ms", "TPOT ms", "p50 ms", "90 % spread", "vs fp32", "vs best bf16",
+    "tokens/s", "of the limit", "gemm / attn / elem / other", "setup s", "peak GiB",
 )  # fmt: skip
 
 
 def latency_report(result: dict[str, Any]) -> str:
-    """Render the JSON document of a forward benchmark as text."""
+    """Render the JSON document of a benchmark as text."""
+    rows = result["results"]
+    timed = [row for row in rows if not row["reason"]]
+    decode = any("tpot_ms" in row for row in timed)
+    lines = [*_title(result), ""]
+    header = DECODE_HEADER if decode else HEADER
+    lines.append(format_table(header, [_cells(row, decode=decode) for row in timed]))
+    lines += [
+        f"{row['label']} {row['backend']}: no figures: {row['reason']}"
+        for row in rows
+        if row["reason"]
+    ]
+    lines.append(_limits(result["limits"]))
+    return "\n".join(lines)
+
+
+def _title(result: dict[str, Any]) -> list[str]:
     config, system = result["config"], result["system"]
-    padded = ", padded" if config["padded"] else ""
-    title = (
-        f"{result['model']}: forward of {config['batch_size']} x {config['sequence_length']} "
-        f"tokens{padded}, {config['logits']} logits, median of {config['iterations']}\n"
-        f"{system['cpu']}, {system['threads']} threads, {system['isa']}"
-    )
-    return "\n".join([title, "", format_table(HEADER, [_cells(row) for row in result["results"]])])
+    row = result["results"][0]
+    what = f"{row['workload']} of {row['batch']} x {row['tokens']} tokens"
+    if config["padded"]:
+        what += ", padded"
+    if row["workload"] == "decode":
+        what += f", {config['new_tokens']} new ones"
+    elif row["workload"] == "prefill":
+        what += f", {config['logits']} logits"
+    instances = f"{row['instances']} instance(s) x {row['cores']} core(s)"
+    return [
+        f"{result['model']}: {what}, {instances}, {config['rounds']} rounds",
+        f"{system['cpu']}, {system['isa']}, allocator {system['allocator']}",
+    ]
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], *, decode: bool) -> tuple[str, ...]:
+    times = (f"{row['p50_ms']:.0f}", f"{row['p90_ms']:.0f}", f"{row['min_ms']:.0f}")
+    if decode:
+        times = (f"{row['ttft_ms']:.1f}", f"{row['tpot_ms']:.1f}", f"{row['p50_ms']:.0f}")
     return (
         row["label"],
         row["backend"],
-        f"{row['median_ms']:.0f}",
-        f"{row['p90_ms']:.0f}",
-        f"{row['min_ms']:.0f}",
-        f"{row['speedup_vs_fp32']:.2f}x",
-        f"{row['speedup_vs_best_bf16']:.2f}x",
+        *times,
+        f"{row['p05_ms']:.0f}-{row['p95_ms']:.0f}",
+        _ratio(row["speedup_vs_fp32"]),
+        _ratio(row["speedup_vs_bf16"]),
         f"{row['tokens_per_s']:.0f}",
-        f"{row['linear_gops']:.0f}",
-        f"{row['prepare_s']:.1f}",
+        f"{row['limit_share']:.0%}",
+        " / ".join(f"{100 * share:.0f}" for share in row["breakdown"].values()),
+        f"{row['setup_s']:.1f}",
         f"{row['peak_rss_bytes'] / 2**30:.1f}",
     )
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _limits(limits: dict[str, Any]) -> str:
+    int8 = limits["int8_gops"]
+    parts = [] if int8 is None else [f"int8 {int8:.0f} GOP/s"]
+    parts += [f"{name} {limits[f'{name}_gflops']:.0f} GFLOP/s" for name in ("bf16", "fp32")]
+    parts.append(f"{limits['bandwidth_gbs']:.0f} GB/s")
+    return f"limits measured in this run: {', '.join(parts)}"
+
+
+def comparison_report(names: tuple[str, str], rows: list[dict[str, Any]]) -> str:
+    """Render what `compare` found: two results side by side."""
+    header = (
+        "model", "backend", "workload", "batch x tokens", "A ms", "B ms", "B vs A", "verdict",
+    )  # fmt: skip
+    cells = [
+        (
+            row["label"],
+            row["backend"],
+            row["workload"],
+            f"{row['batch']} x {row['tokens']}",
+            f"{row['a_ms']:.1f}",
+            f"{row['b_ms']:.1f}",
+            f"{row['speedup']:.2f}x",
+            row["verdict"],
+        )
+        for row in rows
+    ]
+    return f"A: {names[0]}\nB: {names[1]}\n\n{format_table(header, cells)}"

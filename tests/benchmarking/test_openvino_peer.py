@@ -35,7 +35,7 @@ def test_a_missing_peer_is_refused_before_the_work(monkeypatch, capsys):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "nncf" else found(name)
     )
-    monkeypatch.setattr("ipex_sq.cli.benchmark.in_fresh_process", lambda *_a: pytest.fail("timed"))
+    monkeypatch.setattr("ipex_sq.benchmarking.run.run_benchmark", lambda *_a: pytest.fail("timed"))
     flags = ["--random_weights", "bert-base", "--peers", "openvino"]
     assert run(benchmark.command, flags) == 2
     assert "use requirements-peers.txt" in capsys.readouterr().err

@@ -1,12 +1,13 @@
 """The scripts as a user runs them: one line and exit 2 for bad input, JSON last for good."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import INT8_BACKENDS, TEXTS
 
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.cli import benchmark, eval_lambada
@@ -216,23 +217,57 @@ def test_compare_pairs_every_row_against_fp32(folder, capsys):
         assert row["delta"] == pytest.approx(100 * (row["gained"] - row["lost"]) / 3)
 
 
+BRIEF = ["--rounds", "2", "--min_runs", "1", "--min_seconds", "0"]
+
+
+def _benchmark(folder, capsys, *more):
+    flags = ["--model_name_or_path", str(folder / "model"), "--batch_size", "2", *BRIEF, *more]
+    assert run(benchmark.command, [*flags, "--sequence_length", "16"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result, result["results"]
+
+
 def test_benchmark_prints_every_precision(folder, capsys):
-    flags = ["--model_name_or_path", str(folder / "model"), "--int8", "--backend", "native"]
-    flags += [
-        "--batch_size",
-        "2",
-        "--sequence_length",
-        "16",
-        "--iterations",
-        "2",
-        "--logits",
-        "last",
-    ]
-    assert run(benchmark.command, flags) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    result, rows = _benchmark(folder, capsys, "--int8", "--backend", "native", "--logits", "last")
     assert [row["precision"] for row in rows] == ["fp32", "bf16", "bf16", "int8"]
     assert rows[0]["speedup_vs_fp32"] == 1.0
-    assert all(row["median_ms"] > 0 for row in rows)
+    for row in rows:
+        assert row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p95_ms"]
+        assert row["runs"] == len(row["samples_ms"]) == 2
+        assert 0.0 < row["limit_share"] < 1.0
+        assert sum(row["breakdown"].values()) == pytest.approx(1.0)
+    assert all(value > 0 for value in result["limits"].values())
+
+
+def test_benchmark_decodes_in_two_instances(folder, capsys):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("the CPU has one core")
+    backend = "ipex,native" if "ipex" in INT8_BACKENDS else "native"
+    flags = ["--workload", "decode", "--new_tokens", "4", "--int8", "--backend", backend]
+    _, rows = _benchmark(folder, capsys, *flags, "--num_instances", "2")
+    for row in rows:
+        if row["backend"] == "ipex":
+            assert "no key-value cache" in row["reason"]
+            continue
+        assert row["instances"] == 2
+        assert row["runs"] == 4
+        assert 0 < row["tpot_ms"] < row["p50_ms"]
+        assert 0 < row["ttft_ms"] < row["p50_ms"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "0"], "rounds must be at least 1"),
+        (["--cores", "9999"], "does not exist"),
+        (["--num_instances", "9999"], "do not fit"),
+        (["--workload", "chat"], "invalid choice"),
+        (["--new_tokens", "1"], "at least 2"),
+    ],
+)
+def test_benchmark_refuses_before_the_work(folder, capsys, flags, message):
+    assert run(benchmark.command, ["--model_name_or_path", str(folder / "model"), *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("parser", [eval_lambada.parser, benchmark.parser])

@@ -1,0 +1,78 @@
+"""Settings of the benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ipex_sq.config import check_choice, check_positive, setting
+from ipex_sq.errors import ConfigError
+
+PREFILL, DECODE, CLASSIFY = "prefill", "decode", "classify"
+WORKLOADS = (PREFILL, DECODE)
+LOGITS = ("all", "last")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What is timed, how often, and on which cores (docs/protocol.md)."""
+
+    workload: str = setting(
+        PREFILL,
+        "prefill: one forward pass; decode: generate() with its key-value cache, greedy. A "
+        "classifier has forward passes only",
+        choices=WORKLOADS,
+    )
+    batch_size: int = setting(16, "sequences per batch", type=int)
+    sequence_length: int = setting(196, "tokens per sequence (of the prompt)", type=int)
+    new_tokens: int = setting(128, "tokens to generate per sequence in decode", type=int)
+    logits: str = setting(
+        "all",
+        "positions whose logits prefill computes: all, or last as generate() needs",
+        choices=LOGITS,
+    )
+    padded: bool = setting(
+        False,
+        "rows of different lengths, from a quarter of the sequence length up, padded to it",
+        action="store_true",
+    )
+    rounds: int = setting(3, "turns that every model gets, in rotated order", type=int)
+    min_runs: int = setting(3, "least number of runs in a turn", type=int)
+    min_seconds: float = setting(1.0, "least duration of a turn", type=float)
+    warmup: int = setting(
+        2, "least number of untimed runs; more follow until they stop getting faster", type=int
+    )
+    num_instances: int = setting(
+        1, "processes that run the same model side by side, each on cores of its own", type=int
+    )
+    cores_per_instance: int | None = setting(
+        None, "cores of each (default: all, shared evenly)", type=int
+    )
+    cores: str | None = setting(
+        None, "cores to use, as 0-3,8 (default: all that this process may use)"
+    )
+    numa: bool = setting(False, "keep every instance within one NUMA node", action="store_true")
+    seed: int = setting(42, "seed of the random token ids", type=int)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "sequence_length",
+            "rounds",
+            "min_runs",
+            "warmup",
+            "num_instances",
+            "cores_per_instance",
+        ):
+            check_positive(name, getattr(self, name))
+        if not 0.0 <= self.min_seconds < float("inf"):
+            raise ConfigError(f"min_seconds must be 0 or more, not {self.min_seconds}")
+        if self.new_tokens < 2:
+            raise ConfigError(f"new_tokens must be at least 2, not {self.new_tokens}")
+        check_choice("workload", self.workload, WORKLOADS)
+        check_choice("logits", self.logits, LOGITS)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether processes are bound to cores."""
+        chosen = (self.cores_per_instance, self.cores)
+        return self.num_instances > 1 or self.numa or any(item is not None for item in chosen)

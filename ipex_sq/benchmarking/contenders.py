@@ -1,0 +1,104 @@
+"""What is compared: the float baselines, int8 of our backends, and what others would run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ipex_sq.backends.base import Backend
+from ipex_sq.backends.native import NativeBackend
+from ipex_sq.backends.quantization import quantize_model
+from ipex_sq.backends.registry import choose_backend
+from ipex_sq.benchmarking import openvino_peer
+from ipex_sq.benchmarking.limits import Work, work_of
+from ipex_sq.benchmarking.subjects import Subject
+from ipex_sq.checkpoint.saving import load
+from ipex_sq.config import AUTO, QuantConfig
+from ipex_sq.errors import ConfigError
+
+EAGER, COMPILED = "eager", "compiled"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model to time.
+
+    Attributes:
+        label: "fp32", "bf16", "int8" or "int8+sq".
+        backend: "eager", "compiled", an int8 backend or a peer.
+        precision: "fp32", "bf16" or "int8".
+        quant: Recipe of an int8 one that is quantized now.
+        checkpoint: Folder of an int8 one that is loaded.
+    """
+
+    label: str
+    backend: str
+    precision: str
+    quant: QuantConfig | None = None
+    checkpoint: str | None = None
+
+    def __str__(self) -> str:
+        """As in progress bars and messages."""
+        return f"{self.label} {self.backend}"
+
+    @property
+    def float_precision(self) -> str:
+        """What stays float runs in this precision."""
+        if self.precision != "int8" or self.backend == openvino_peer.NAME:
+            return self.precision
+        wanted = self.quant.dtype if self.quant else None
+        return wanted or choose_backend(self.backend).backend.float_dtype
+
+
+def contenders(quants: list[tuple[str, QuantConfig]], *, compare: bool) -> list[Contender]:
+    """The float baselines, each with and without compilation, then the int8 models asked for.
+
+    fp32 is compiled only to `compare`: the baseline of every speedup is fp32 as transformers runs
+    it.
+    """
+    baselines = [("fp32", EAGER), ("fp32", COMPILED), ("bf16", EAGER), ("bf16", COMPILED)]
+    found = [
+        Contender(label, backend, label)
+        for label, backend in baselines
+        if compare or (label, backend) != ("fp32", COMPILED)
+    ]
+    return found + [Contender(label, item.backend, "int8", item) for label, item in quants]
+
+
+def int8_quants(
+    backends: tuple[str, ...], labels: tuple[str, ...]
+) -> list[tuple[str, QuantConfig]]:
+    """Recipes to time: each label ("int8", "int8+sq") on each backend.
+
+    Raises:
+        ConfigError: A backend whose speed says nothing.
+    """
+    for name in backends:
+        if choose_backend(name).backend.name in ("inc", "reference"):
+            raise ConfigError(f"backend {name!r} is not timed: use native or ipex")
+    alphas = {"int8": None, "int8+sq": AUTO}
+    return [
+        (label, QuantConfig(alpha=alphas[label], backend=name))
+        for name in backends
+        for label in labels
+    ]
+
+
+def prepare(contender: Contender, subject: Subject) -> tuple[nn.Module, Any, Work]:
+    """The model to time, its configuration, and the work that it does."""
+    model, batches = subject.load()
+    config = model.config
+    work = work_of(model, contender.precision, contender.float_precision)
+    if contender.backend == openvino_peer.NAME:
+        model = openvino_peer.openvino_int8(model, batches)
+    elif contender.checkpoint is not None:
+        model = load(contender.checkpoint)
+    elif contender.quant is not None:
+        model = quantize_model(model, batches, contender.quant).model
+    elif contender.backend == COMPILED:
+        model = NativeBackend().optimize_float(model, contender.precision, {})
+    else:
+        model = Backend.optimize_float(NativeBackend(), model, contender.precision, {})
+    return model, config, work

@@ -1,0 +1,124 @@
+"""What this machine's kernels reach at best: the roof over every row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.models.topology import quantizable_linears
+from ipex_sq.recipe.qparams import ActivationQParams
+from ipex_sq.system import EXACT_INT8_ISA, int8_isa
+
+ROWS, INPUTS, OUTPUTS = 2048, 2048, 2048
+COPIED_BYTES = 256 * 2**20
+"""Far above any cache."""
+
+RUNS = 7
+BYTES = {"int8": 1, "bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rates measured with one large matrix product of each precision, and one large copy.
+
+    Attributes:
+        int8_gops: Of oneDNN's int8 Linear, 10^9 operations (two per product) a second; None where
+            the CPU has no exact int8.
+        bf16_gflops: Of torch's bf16 product.
+        fp32_gflops: Of torch's fp32 product.
+        bandwidth_gbs: Bytes read and written, 10^9 a second.
+    """
+
+    int8_gops: float | None
+    bf16_gflops: float
+    fp32_gflops: float
+    bandwidth_gbs: float
+
+    def rate(self, precision: str) -> float:
+        """Operations a second of a precision."""
+        found = {"bf16": self.bf16_gflops, "fp32": self.fp32_gflops, "int8": self.int8_gops}
+        return 1e9 * (found[precision] or self.fp32_gflops)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The Linears of a model: what its speed is bounded by. Attention is not counted.
+
+    Attributes:
+        body: Weights of the Linears that may become int8.
+        head: Weights of those that stay float.
+        precision: Of the body.
+        float_precision: Of the head.
+    """
+
+    body: int
+    head: int
+    precision: str
+    float_precision: str
+
+    def least_seconds(self, limits: Limits, tokens: int, predictions: int) -> float:
+        """No run is faster: its products at the measured rates, or its weights read once.
+
+        Args:
+            limits: Of this machine.
+            tokens: That run through the body.
+            predictions: Positions whose logits are computed.
+        """
+        products = 2 * self.body * tokens / limits.rate(self.precision)
+        products += 2 * self.head * predictions / limits.rate(self.float_precision)
+        read = self.body * BYTES[self.precision] + self.head * BYTES[self.float_precision]
+        return max(products, read / (1e9 * limits.bandwidth_gbs))
+
+
+def work_of(model: nn.Module, precision: str, float_precision: str) -> Work:
+    """Count the Linears of a float model that will run in `precision`."""
+    linears, _ = quantizable_linears(model)
+    body = sum(linear.weight.numel() for linear in linears.values())
+    every = sum(item.weight.numel() for item in model.modules() if isinstance(item, nn.Linear))
+    return Work(body, every - body, precision, float_precision)
+
+
+class LimitsSession:
+    """Measures the limits in a process of its own."""
+
+    @torch.inference_mode()
+    def measure(self) -> Limits:
+        """Takes a few seconds."""
+        x, weight = torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS)
+        operations = 2 * ROWS * INPUTS * OUTPUTS / 1e9
+        low, low_weight = x.bfloat16(), weight.bfloat16()
+        source, target = torch.zeros(COPIED_BYTES // 4), torch.empty(COPIED_BYTES // 4)
+        int8 = None
+        if int8_isa() in EXACT_INT8_ISA:
+            int8 = operations / _least(_int8_product())
+        return Limits(
+            int8,
+            operations / _least(lambda: torch.mm(low, low_weight.T)),
+            operations / _least(lambda: torch.mm(x, weight.T)),
+            2 * COPIED_BYTES / 1e9 / _least(lambda: target.copy_(source)),
+        )
+
+
+def _int8_product() -> Callable[[], object]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (OUTPUTS, INPUTS)
+    weight = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+    linear = Int8Linear(weight, torch.ones(OUTPUTS), None)
+    linear.set_input(ActivationQParams(1.0, 128), None)
+    levels = torch.randint(0, 256, (ROWS, INPUTS), generator=generator, dtype=torch.uint8)
+    return lambda: linear.multiply(levels, None, torch.bfloat16)
+
+
+def _least(call: Callable[[], object]) -> float:
+    call()
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,48 @@
+"""Whether a benchmark fits in memory, asked before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import psutil
+
+from ipex_sq.benchmark_config import DECODE, BenchmarkConfig
+from ipex_sq.benchmarking.contenders import Contender
+from ipex_sq.benchmarking.limits import BYTES
+from ipex_sq.benchmarking.subjects import Subject
+from ipex_sq.errors import ResourceError
+
+PROCESS_BYTES = 400 * 2**20
+"""Python with torch and transformers."""
+
+PREPARING = 2
+"""While a model is made ready its fp32 weights are there about twice."""
+
+
+def needed_bytes(timed: Sequence[Contender], subject: Subject, config: BenchmarkConfig) -> int:
+    """Estimate: all weights and the logits of every contender, and one that is made ready."""
+    size = subject.size()
+    positions = config.batch_size
+    if config.logits == "all" and config.workload != DECODE and not subject.classifies:
+        positions *= config.sequence_length
+    resident = 0
+    for contender in timed:
+        weights = size.parameters * BYTES[contender.precision]
+        logits = positions * size.outputs * BYTES[contender.float_precision]
+        resident += weights + logits + PROCESS_BYTES
+    return config.num_instances * (resident + PREPARING * 4 * size.parameters)
+
+
+def check_memory(timed: Sequence[Contender], subject: Subject, config: BenchmarkConfig) -> None:
+    """Refuse what would not fit.
+
+    Raises:
+        ResourceError: With what is needed and what is available.
+    """
+    needed, available = needed_bytes(timed, subject, config), psutil.virtual_memory().available
+    if needed > available:
+        raise ResourceError(
+            f"{len(timed)} models in {config.num_instances} instance(s) need about "
+            f"{needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available: take a smaller "
+            "--batch_size, --logits last, fewer instances, or fewer backends"
+        )

@@ -1,0 +1,159 @@
+"""One model in its process: made ready once, then timed turn by turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from ipex_sq.benchmark_config import DECODE, BenchmarkConfig
+from ipex_sq.benchmarking.contenders import Contender, prepare
+from ipex_sq.benchmarking.limits import Work
+from ipex_sq.benchmarking.subjects import Subject
+from ipex_sq.models.body import logits_at
+from ipex_sq.models.generating import check_generates, timed_generation
+from ipex_sq.models.running import run_model
+from ipex_sq.system import peak_rss_bytes, reset_peak_rss
+
+SHORTEST_SHARE = 0.25
+"""Of the sequence length, for the shortest row of a padded batch."""
+
+MOST_WARMUP = 8
+STILL_FASTER = 0.95
+"""A run that takes less than this share of the one before is still warming up."""
+
+KINDS = {
+    "gemm": (
+        "qlinear",
+        "::mm",
+        "addmm",
+        "linear_pointwise",
+        "aten::linear",
+        "mkldnn",
+        "ipex_linear",
+    ),
+    "attention": ("bmm", "scaled_dot_product", "flash_attention", "_softmax", "matmul"),
+    "elementwise": ("Compiled", "aten::", "fused", "onednn::", "ipex"),
+}
+"""Parts of the names of operators, tried in this order; what Inductor fuses, the softmax of batched
+attention included, counts as elementwise."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run.
+
+    Attributes:
+        ms: The whole of it.
+        ttft_ms: Until the first new token (decode).
+        tpot_ms: Of each further token, on average (decode).
+    """
+
+    ms: float
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+
+class Session:
+    """Prepares one contender and runs its workload.
+
+    Raises:
+        UnsupportedModelError: It cannot run this workload.
+    """
+
+    def __init__(self, contender: Contender, subject: Subject, config: BenchmarkConfig) -> None:
+        reset_peak_rss()
+        start = time.perf_counter()
+        self._model, model_config, self._work = prepare(contender, subject)
+        self._run = _workload(self._model, config, int(model_config.vocab_size))
+        self._first = self._run()
+        self._setup = time.perf_counter() - start
+        self._warm_up(config.warmup)
+
+    def describe(self) -> tuple[Work, dict[str, float]]:
+        """Its work, and what the row says of getting ready."""
+        return self._work, {
+            "setup_s": self._setup,
+            "first_run_ms": self._first.ms,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+    def take_turn(self, min_runs: int, min_seconds: float) -> list[Sample]:
+        """At least `min_runs` runs and `min_seconds` of them."""
+        samples: list[Sample] = []
+        end = time.perf_counter() + min_seconds
+        while len(samples) < min_runs or time.perf_counter() < end:
+            samples.append(self._run())
+        return samples
+
+    def breakdown(self) -> dict[str, float]:
+        """Share of the operators' own time in one run, by kind."""
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            self._run()
+        totals = dict.fromkeys((*KINDS, "other"), 0.0)
+        for event in profiled.key_averages():
+            totals[_kind(event.key)] += event.self_cpu_time_total
+        whole = sum(totals.values()) or 1.0
+        return {kind: total / whole for kind, total in totals.items()}
+
+    def _warm_up(self, least: int) -> None:
+        last = float("inf")
+        for number in range(max(least, MOST_WARMUP)):
+            sample = self._run().ms
+            if number + 1 >= least and sample > STILL_FASTER * last:
+                return
+            last = sample
+
+
+def _kind(name: str) -> str:
+    for kind, parts in KINDS.items():
+        if any(part in name for part in parts):
+            return kind
+    return "other"
+
+
+def _workload(model: nn.Module, config: BenchmarkConfig, vocabulary: int) -> Callable[[], Sample]:
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (config.batch_size, config.sequence_length)
+    ids = torch.randint(vocabulary, shape, generator=generator)
+    if config.workload == DECODE:
+        check_generates(model)
+        return lambda: _decode(model, ids, config.new_tokens)
+    batch = {"input_ids": ids, "attention_mask": attention_mask(config, generator)}
+    last = None
+    if config.logits == "last":
+        last = torch.arange(1, config.batch_size + 1) * config.sequence_length - 1
+    return lambda: _forward(model, batch, last)
+
+
+@torch.inference_mode()
+def _forward(model: nn.Module, batch: Mapping[str, Tensor], last: Tensor | None) -> Sample:
+    start = time.perf_counter()
+    if last is None:
+        run_model(model, batch)
+    else:
+        with logits_at(model, last):
+            run_model(model, batch)
+    return Sample(1000 * (time.perf_counter() - start))
+
+
+@torch.inference_mode()
+def _decode(model: nn.Module, ids: Tensor, new_tokens: int) -> Sample:
+    times = timed_generation(model, ids, new_tokens)
+    first, last = 1000 * times[0], 1000 * times[-1]
+    return Sample(last, first, (last - first) / (len(times) - 1))
+
+
+def attention_mask(config: BenchmarkConfig, generator: torch.Generator) -> Tensor:
+    """All ones, or rows that end in padding: lengths even between a quarter and the whole."""
+    rows, most = config.batch_size, config.sequence_length
+    if not config.padded:
+        return torch.ones(rows, most, dtype=torch.long)
+    least = max(1, round(SHORTEST_SHARE * most))
+    lengths = torch.randint(least, most + 1, (rows, 1), generator=generator)
+    lengths[0] = most
+    return (torch.arange(most)[None] < lengths).long()

@@ -1,0 +1,78 @@
+"""Cores of the instances: real ones, allowed ones, each used once."""
+
+import os
+
+import pytest
+
+from ipex_sq.benchmark_config import BenchmarkConfig
+from ipex_sq.benchmarking import cores
+from ipex_sq.benchmarking.cores import instance_cores, parse_cores, pinned
+from ipex_sq.errors import ConfigError
+
+ALLOWED = tuple(range(8))
+
+
+@pytest.fixture
+def eight_cores(monkeypatch, tmp_path):
+    """A machine of 8 cores in two NUMA nodes, of which this process may use 0-7."""
+    for node, cpus in enumerate(("0-1,4-5", "2-3,6-7")):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(f"{cpus}\n")
+    monkeypatch.setattr(cores, "NODES", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(ALLOWED))
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("0", (0,)), ("0-3", (0, 1, 2, 3)), ("4,0-1", (4, 0, 1))]
+)
+def test_lists_of_cores(text, wanted):
+    assert parse_cores(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "0,,1", "1,0-2", "-1"])
+def test_nonsense_is_refused(text):
+    with pytest.raises(ConfigError, match="--cores"):
+        parse_cores(text)
+
+
+@pytest.mark.parametrize("numa", [False, True])
+@pytest.mark.parametrize(("instances", "each"), [(1, None), (2, None), (2, 3), (4, 2), (3, 1)])
+@pytest.mark.usefixtures("eight_cores")
+def test_instances_share_no_core_and_have_equally_many(instances, each, numa):
+    config = BenchmarkConfig(num_instances=instances, cores_per_instance=each, numa=numa)
+    found = instance_cores(config) if not numa or (instances, each) != (1, None) else [ALLOWED]
+    every = [core for cores in found for core in cores]
+    assert len(found) == instances
+    assert len(set(every)) == len(every)
+    assert {len(cores) for cores in found} == {each or len(ALLOWED) // instances}
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_an_instance_stays_within_its_node():
+    config = BenchmarkConfig(num_instances=2, cores_per_instance=4, numa=True)
+    assert instance_cores(config) == [(0, 1, 4, 5), (2, 3, 6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_instances": 9}, "do not fit on 8"),
+        ({"num_instances": 2, "cores_per_instance": 5}, "do not fit"),
+        ({"num_instances": 1, "cores_per_instance": 5, "numa": True}, "NUMA node"),
+        ({"cores": "0-16"}, "core 16 does not exist"),
+        ({"cores": "7-8"}, "core 8 is forbidden"),
+    ],
+)
+@pytest.mark.usefixtures("eight_cores")
+def test_what_cannot_be_had_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        instance_cores(BenchmarkConfig(**settings))
+
+
+def test_the_affinity_of_this_process_comes_back():
+    before = os.sched_getaffinity(0)
+    one = min(before)
+    with pinned([one]):
+        assert os.sched_getaffinity(0) == {one}
+    assert os.sched_getaffinity(0) == before

@@ -1,0 +1,46 @@
+"""What would not fit is refused before it is allocated."""
+
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from ipex_sq.benchmark_config import BenchmarkConfig
+from ipex_sq.benchmarking.contenders import contenders
+from ipex_sq.benchmarking.memory import needed_bytes
+from ipex_sq.benchmarking.subjects import RANDOM, Subject
+from ipex_sq.cli import benchmark
+from ipex_sq.cli.running import run
+from ipex_sq.models.sizes import named_size, shape_size
+from ipex_sq.models.tiny import tiny_model
+
+BERT = Subject("bert-base", RANDOM)
+
+
+def test_sizes_are_those_of_the_models(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    size = named_size(str(tmp_path), "causal-lm")
+    assert size.parameters == sum(item.numel() for item in model.parameters())
+    assert size.outputs == model.config.vocab_size
+    # Devlin et al. 2019, table 1: BERT base has 110 million parameters.
+    assert shape_size("bert-base").parameters == pytest.approx(110e6, rel=0.01)
+
+
+def test_more_of_anything_needs_more():
+    timed = contenders([], compare=False)
+    least = needed_bytes(timed, BERT, BenchmarkConfig())
+    assert needed_bytes(timed[:1], BERT, BenchmarkConfig()) < least
+    assert needed_bytes(timed, BERT, BenchmarkConfig(num_instances=2)) == 2 * least
+    decoder = Subject("opt-125m", RANDOM)
+    some = needed_bytes(timed, decoder, BenchmarkConfig(logits="last"))
+    assert some < needed_bytes(timed, decoder, BenchmarkConfig(logits="all"))
+
+
+def test_the_error_has_both_numbers(monkeypatch, capsys):
+    little = SimpleNamespace(available=2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    monkeypatch.setattr("ipex_sq.benchmarking.run.run_benchmark", lambda *_a: pytest.fail("ran"))
+    assert run(benchmark.command, ["--random_weights", "bert-base"]) == 2
+    message = capsys.readouterr().err
+    assert "GiB, 1.0 GiB are available" in message
