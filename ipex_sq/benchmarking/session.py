@@ -27,17 +27,9 @@ STILL_FASTER = 0.95
 """A run that takes less than this share of the one before is still warming up."""
 
 KINDS = {
-    "gemm": (
-        "qlinear",
-        "::mm",
-        "addmm",
-        "linear_pointwise",
-        "aten::linear",
-        "mkldnn",
-        "ipex_linear",
-    ),
-    "attention": ("bmm", "scaled_dot_product", "flash_attention", "_softmax", "matmul"),
-    "elementwise": ("Compiled", "aten::", "fused", "onednn::", "ipex"),
+    "gemm": ("qlinear", "::mm", "addmm", "+linear", "aten::linear", "mkldnn", "ipex_linear"),
+    "attention": ("bmm", "scaled_dot_product", "_softmax", "matmul"),
+    "elementwise": ("Compiled", "aten::", "quantize", "onednn::", "torch_ipex::"),
 }
 """Parts of the names of operators, tried in this order; what Inductor fuses, the softmax of batched
 attention included, counts as elementwise."""

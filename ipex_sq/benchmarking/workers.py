@@ -18,6 +18,9 @@ from typing import Any
 from ipex_sq.benchmarking.cores import pinned
 from ipex_sq.errors import IpexSqError, ResourceError
 
+PATIENCE_S = 10.0
+"""Time that an idle process gets to end."""
+
 
 class Worker:
     """A process that holds one object and calls its methods.
@@ -81,10 +84,12 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End the process."""
+        """End the process, by force where it is busy."""
         self._connection.close()
-        self._process.terminate()
-        self._process.join()
+        self._process.join(PATIENCE_S)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
 
 
 def _serve(connection: Connection, factory: Callable[[], Any]) -> None:
