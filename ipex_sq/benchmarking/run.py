@@ -70,9 +70,9 @@ def run_benchmark(
             for entry in ready[first:] + ready[:first]:
                 _take_turn(entry, config)
         for entry in ready:
-            entry.breakdown = entry.workers[0].call("breakdown")
             stats = [worker.call("describe")[1] for worker in entry.workers]
             entry.described["peak_rss_bytes"] = sum(item["peak_rss_bytes"] for item in stats)
+            entry.breakdown = entry.workers[0].call("breakdown")  # its events take memory
     rows = [_row(entry, (subject, config), (limits, instances)) for entry in entries]
     add_speedups(rows)
     return limits, rows
