@@ -7,6 +7,7 @@ import pytest
 
 from ipex_sq.cli import (
     benchmark,
+    compare,
     eval_lambada,
     evaluate,
     families,
@@ -38,6 +39,7 @@ PARSERS = {
     "-m ipex_sq quantize": quantize.parser,
     "-m ipex_sq evaluate": evaluate.parser,
     "-m ipex_sq benchmark": benchmark.parser,
+    "-m ipex_sq compare": compare.parser,
 }
 
 
