@@ -40,7 +40,7 @@ def configure_logging() -> None:
     for chatty in ("httpx", "huggingface_hub", "datasets", "transformers", "torchao"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's search for a GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's search for a GPU
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -63,7 +63,7 @@ def _cells(row: dict[str, Any], *, decode: bool) -> tuple[str, ...]:
         _ratio(row["speedup_vs_bf16"]),
         f"{row['tokens_per_s']:.0f}",
         f"{row['limit_share']:.0%}",
-        " / ".join(f"{100 * share:.0f}" for share in row["breakdown"].values()),
+        " / ".join(f"{100 * share:.0f}" for share in row["breakdown"].values()) or "-",
         f"{row['setup_s']:.1f}",
         f"{row['peak_rss_bytes'] / 2**30:.1f}",
     )
