@@ -239,18 +239,20 @@ def test_benchmark_prints_every_precision(folder, capsys):
     assert all(value > 0 for value in result["limits"].values())
 
 
-def test_benchmark_decodes_in_two_instances(folder, capsys):
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("the CPU has one core")
+def test_benchmark_decodes_in_pinned_instances(folder, capsys):
+    instances = min(2, len(os.sched_getaffinity(0)))
     backend = "ipex,native" if "ipex" in INT8_BACKENDS else "native"
     flags = ["--workload", "decode", "--new_tokens", "4", "--int8", "--backend", backend]
-    _, rows = _benchmark(folder, capsys, *flags, "--num_instances", "2")
+    _, rows = _benchmark(
+        folder, capsys, *flags, "--num_instances", str(instances), "--cores_per_instance", "1"
+    )
     for row in rows:
         if row["backend"] == "ipex":
             assert "no key-value cache" in row["reason"]
             continue
-        assert row["instances"] == 2
-        assert row["runs"] == 4
+        assert row["instances"] == instances
+        assert row["cores"] == 1
+        assert row["runs"] == 2 * instances
         assert 0 < row["tpot_ms"] < row["p50_ms"]
         assert 0 < row["ttft_ms"] < row["p50_ms"]
 
