@@ -19,6 +19,7 @@ BACKENDS = ("ipex", "native", "inc", "reference")
 OBSERVERS = ("minmax", "percentile", "mse", "kl")
 STATIC, DYNAMIC, MIXED = "static", "dynamic", "mixed"
 ACTIVATIONS = (STATIC, DYNAMIC, MIXED)
+WEIGHT_ROUNDINGS = ("nearest", "gptq")
 PRECISIONS = ("fp32", "bf16")
 RANDOM_SHAPES = ("bert-base", "bert-large", "bloom-560m", "opt-125m")
 
@@ -138,6 +139,12 @@ class QuantConfig:
         "searched and the backend rounds per token, else static)",
         choices=ACTIVATIONS,
     )
+    weight_rounding: str | None = setting(
+        None,
+        "how weights are rounded: nearest, or gptq, so that their errors cancel in the outputs "
+        "(default: gptq where alpha is searched, else nearest)",
+        choices=WEIGHT_ROUNDINGS,
+    )
     max_drop: str | None = setting(
         None,
         "largest loss over the tokens of held-out texts (a quarter of the calibration texts), in "
@@ -168,6 +175,8 @@ class QuantConfig:
             parse_drop(self.max_drop)
         if self.activations is not None:
             check_choice("activations", self.activations, ACTIVATIONS)
+        if self.weight_rounding is not None:
+            check_choice("weight_rounding", self.weight_rounding, WEIGHT_ROUNDINGS)
         if self.dtype is not None:
             check_choice("dtype", self.dtype, PRECISIONS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -16,9 +16,10 @@ from ipex_sq.backends.registry import Choice, choose_backend
 from ipex_sq.config import MIXED, STATIC, QuantConfig
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.calibration import calibrate, clipped_ranges
-from ipex_sq.models.folding import apply_smoothing, correct_biases
+from ipex_sq.models.folding import apply_smoothing
+from ipex_sq.models.rounding import round_weights
 from ipex_sq.recipe.batching import Batch
-from ipex_sq.recipe.plan import QuantPlan
+from ipex_sq.recipe.plan import GPTQ, NEAREST, QuantPlan
 from ipex_sq.recipe.planning import ActStats, Rounding, make_plan
 
 
@@ -56,13 +57,14 @@ def plan(model: nn.Module, stats: ActStats, config: QuantConfig = QuantConfig())
     Raises:
         BackendUnavailableError: The backend cannot run here.
         ConfigError: It does not round per token, and the config asks for it.
-        CalibrationError: The statistics hold no samples, and the config searches.
+        CalibrationError: The statistics hold no samples, and the config searches; or no Hessians,
+            and it asks for GPTQ.
     """
     weights = {name: model.get_submodule(name).weight for name in stats.linears}
     backend = choose_backend(config.backend).backend
     if isinstance(backend, IncBackend):
         raise ConfigError("backend 'inc' has a recipe of its own and no plan")
-    return make_plan(stats, weights, rounding(config, backend))  # type: ignore[arg-type]
+    return make_plan(stats, weights, rounding_of(config, backend, stats))  # type: ignore[arg-type]
 
 
 def check_config(config: QuantConfig) -> None:
@@ -80,11 +82,12 @@ def check_config(config: QuantConfig) -> None:
     elif (
         config.observer != "minmax"
         or config.activations not in (None, STATIC)
+        or config.weight_rounding not in (None, NEAREST)
         or config.max_drop is not None
     ):
         raise ConfigError(
             "backend 'inc' runs its published recipe only: --observer minmax, --activations "
-            "static, no --max_drop"
+            "static, --weight_rounding nearest, no --max_drop"
         )
 
 
@@ -102,7 +105,19 @@ def rounding(config: QuantConfig, backend: Backend) -> Rounding:
             f"backend {backend.name!r} rounds per tensor only: use --activations static, or "
             "--backend native"
         )
-    return Rounding(config.alpha, wanted)
+    weights = config.weight_rounding or (GPTQ if config.searches_alpha else NEAREST)
+    return Rounding(config.alpha, wanted, weights)
+
+
+def rounding_of(config: QuantConfig, backend: Backend, stats: ActStats) -> Rounding:
+    """As `rounding`, from what the statistics hold: weights by GPTQ only where they have Hessians.
+
+    Raises:
+        ConfigError: See `rounding`.
+    """
+    wanted = rounding(config, backend)
+    open_choice = config.weight_rounding is None and not stats.hessians
+    return replace(wanted, weights=NEAREST) if open_choice else wanted
 
 
 def quantize(
@@ -174,7 +189,13 @@ def _quantize_with_plan(
     wanted = rounding(config, backend)
     stats = batches
     if not isinstance(stats, ActStats):
-        stats = calibrate(model, stats, settings.source, samples=wanted.needs_samples)
+        stats = calibrate(
+            model,
+            stats,
+            settings.source,
+            samples=wanted.needs_samples,
+            hessians=wanted.needs_hessians,
+        )
     seconds = {"calibrate": stats.seconds}
     with _timed(seconds, "plan"):
         decided = settings.decided or plan(model, stats, config)
@@ -185,7 +206,8 @@ def _quantize_with_plan(
         with _timed(seconds, "observe"):
             ranges = clipped_ranges(model, decided, batches, config)
             decided = decided.with_ranges(ranges, config.observer)
-    correct_biases(model, decided)
+    with _timed(seconds, "round"):
+        round_weights(model, decided, stats)
     with _timed(seconds, "lower"):
         lowered = backend.lower(model, decided, stats.example, dtype)
     lowered.quant_plan = decided  # type: ignore[assignment]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ipex_sq.backends.base import DTYPES, Backend, Example
-from ipex_sq.models.folding import replace_module, smoothed_linear
+from ipex_sq.models.folding import replace_linear, smoothed_linear
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.qparams import (
     ActivationQParams,
@@ -66,18 +66,16 @@ class ReferenceBackend(Backend):
         return _cast_float_modules(model, dtype)
 
 
-def simulate_linear(model: nn.Module, plan: QuantPlan, name: str) -> str:
-    """Put the simulation of one planned Linear into `model`.
+def simulate_linear(model: nn.Module, plan: QuantPlan, name: str) -> None:
+    """Put the simulation of one planned Linear into `model`; a pre-scale stays in front of it."""
+    replace_linear(model, name, simulated_linear(model, plan, name))
 
-    Returns:
-        The path where it stands: that of the Linear, or inside of its pre-scale.
-    """
+
+def simulated_linear(model: nn.Module, plan: QuantPlan, name: str) -> SimulatedInt8Linear:
+    """The simulation of the smoothed Linear at path `name`."""
     item = plan.linears[name]
     assert item.weight_scale is not None  # noqa: S101
-    linear = smoothed_linear(model, name)
-    path = name if linear is model.get_submodule(name) else f"{name}.linear"
-    replace_module(model, path, SimulatedInt8Linear(linear, item.weight_scale, item.activation))
-    return path
+    return SimulatedInt8Linear(smoothed_linear(model, name), item.weight_scale, item.activation)
 
 
 def _cast_float_modules(model: nn.Module, dtype: str) -> nn.Module:

@@ -62,7 +62,7 @@ def command(arguments: Sequence[str]) -> None:
     model = {"name": flags.model, "sha256": model_sha256(classifier.model)}
     tokenizer = {"sha256": tokenizer_sha256(classifier.tokenizer)}
     source = review_source(texts, config)
-    stats = calibrate(classifier.model, batches, source, samples=False)
+    stats = calibrate(classifier.model, batches, source, samples=False, hessians=False)
     write_atomically(output, scales_to_json(stats, model, tokenizer) + "\n")
     result = {
         "model": model,

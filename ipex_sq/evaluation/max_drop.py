@@ -18,13 +18,14 @@ from torch import nn
 
 from ipex_sq.backends.base import Backend
 from ipex_sq.backends.native import int8_linear
-from ipex_sq.backends.quantization import rounding
+from ipex_sq.backends.quantization import rounding_of
 from ipex_sq.backends.reference import simulate_linear
 from ipex_sq.config import STATIC, Drop, QuantConfig, parse_drop
 from ipex_sq.errors import ConfigError
 from ipex_sq.evaluation.next_tokens import NextTokens, predict_tokens
 from ipex_sq.evaluation.pairing import paired_difference
-from ipex_sq.models.folding import apply_smoothing, correct_biases, replace_module
+from ipex_sq.models.folding import apply_smoothing, replace_module
+from ipex_sq.models.rounding import round_weights
 from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT, STATIC_INT8, QuantPlan
 from ipex_sq.recipe.planning import ActStats, make_plan, search_costs
@@ -56,7 +57,7 @@ def plan_within_drop(search: Search, config: QuantConfig, backend: Backend) -> Q
     """
     assert config.max_drop is not None  # noqa: S101
     allowed = parse_drop(config.max_drop)
-    asked = rounding(config, backend)
+    asked = rounding_of(config, backend, search.stats)
     start = asked.activations if config.activations else STATIC
     wanted = replace(asked, activations=start)
     weights = {name: search.model.get_submodule(name).weight for name in search.stats.linears}
@@ -120,7 +121,7 @@ def _score(search: Search, decided: QuantPlan) -> NextTokens:
     """Scores of the plan on the held-out texts, uncompiled."""
     model = copy.deepcopy(search.model)
     decided, _ = apply_smoothing(model, decided, search.stats.example)
-    correct_biases(model, decided)
+    round_weights(model, decided, search.stats)
     for name in decided.int8_names:
         if int8_isa() in EXACT_INT8_ISA:
             replace_module(model, name, int8_linear(model, decided, name))

@@ -57,20 +57,30 @@ class SharedCalibration:
     """One calibration for several recipes.
 
     The float model is the same for every recipe, and so are its statistics: they are gathered
-    once, and the time is counted in every row that uses them.
+    once, or twice where a later recipe needs Hessians, and the time is counted in every row that
+    uses them.
     """
 
     def __init__(self, batches: Sequence[Batch], source: Mapping[str, Any]) -> None:
         self._batches, self._source = batches, source
         self._stats: ActStats | None = None
+        self._has_hessians = False
 
     def stats(self, model: nn.Module, quant: QuantConfig) -> ActStats:
-        """Statistics of the float `model`, with samples where the recipe searches."""
-        if self._stats is None:
-            self._stats = calibrate(model, self._batches, self._source, samples=False)
+        """Statistics of the float `model`, with the samples and Hessians that the recipe needs."""
         backend = choose_backend(quant.backend).backend
         assert isinstance(backend, Backend)  # noqa: S101
-        searches = rounding(quant, backend).needs_samples or quant.max_drop is not None
+        wanted = rounding(quant, backend)
+        if self._stats is None or (wanted.needs_hessians and not self._has_hessians):
+            self._has_hessians = wanted.needs_hessians
+            self._stats = calibrate(
+                model,
+                self._batches,
+                self._source,
+                samples=False,
+                hessians=wanted.needs_hessians,
+            )
+        searches = wanted.needs_samples or quant.max_drop is not None
         if searches and not self._stats.samples:
             self._stats = add_samples(model, self._stats, self._batches)
         return self._stats
@@ -179,6 +189,7 @@ def _numerics(plan: QuantPlan | None) -> dict[str, Any]:
         "alpha_range": plan.alpha_range if plan else None,
         "expected_kl": plan.expected_kl if plan else None,
         "observer": plan.observer if plan else "minmax",
+        "weight_rounding": plan.weight_rounding if plan else "nearest",
         "dynamic_linears": sum(dynamic.values()),
         "dynamic_reasons": dynamic,
         "float_linears": sum(reasons.values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,15 +14,16 @@ from tqdm import tqdm
 
 from ipex_sq.backends.compiling import find_layers
 from ipex_sq.backends.quantization import plan, rounding
-from ipex_sq.backends.reference import ReferenceBackend, simulate_linear
+from ipex_sq.backends.reference import ReferenceBackend, simulated_linear
 from ipex_sq.config import ModelConfig, QuantConfig
 from ipex_sq.data.calibration import calibration_batches
 from ipex_sq.data.documents import Document, TextSet
 from ipex_sq.errors import UnsupportedModelError
 from ipex_sq.evaluation.sqnr import sqnr_db
 from ipex_sq.models.calibration import calibrate
-from ipex_sq.models.folding import apply_smoothing, replace_module, smoothed_linear
+from ipex_sq.models.folding import apply_smoothing, replace_linear, smoothed_linear
 from ipex_sq.models.loading import load_model
+from ipex_sq.models.rounding import round_weights
 from ipex_sq.models.running import run_model
 from ipex_sq.recipe.batching import rows_of
 from ipex_sq.recipe.hooks import hooked
@@ -67,15 +69,20 @@ def measure_sensitivity(
     )
     batches = calibration_batches(calibration.documents, tokenizer, max_tokens=most_tokens)
     wanted = rounding(quant, ReferenceBackend())
-    stats = calibrate(model, batches, samples=wanted.needs_samples)
+    stats = calibrate(model, batches, samples=wanted.needs_samples, hessians=wanted.needs_hessians)
     decided, _ = apply_smoothing(model, plan(model, stats, quant), stats.example)
     rows = [row for batch in batches for row in rows_of(batch)]
     chosen = [rows[index * len(rows) // count] for index in range(min(count, len(rows)))]
-    return rank_linears(model, decided, chosen)
+    rounded = copy.deepcopy(model)
+    round_weights(rounded, decided, stats)
+    return rank_linears(model, rounded, decided, chosen)
 
 
 def rank_linears(
-    model: nn.Module, decided: QuantPlan, batches: Sequence[Mapping[str, Tensor]]
+    model: nn.Module,
+    rounded: nn.Module,
+    decided: QuantPlan,
+    batches: Sequence[Mapping[str, Tensor]],
 ) -> list[Damage]:
     """Measure every int8 Linear of the plan alone, worst first (by KL divergence).
 
@@ -83,6 +90,7 @@ def rank_linears(
 
     Args:
         model: Float model, smoothed as the plan says; as it was afterwards.
+        rounded: The same with weights rounded and biases corrected as the plan says.
         decided: The plan.
         batches: Unpadded texts to measure on; figures are means over them.
 
@@ -101,7 +109,7 @@ def rank_linears(
                 logits = run_model(model, batch)
             kept = _Kept(blocks, outputs, logits)
             for name, damages in found.items():
-                damages.append(_alone(model, decided, (name, batch, kept)))
+                damages.append(_alone((model, rounded), decided, (name, batch, kept)))
                 bar.update()
     means = [_mean(damages) for damages in found.values()]
     return sorted(means, key=lambda item: item.kl, reverse=True)
@@ -117,20 +125,23 @@ class _Kept:
 
 
 def _alone(
-    model: nn.Module, decided: QuantPlan, what: tuple[str, Mapping[str, Tensor], _Kept]
+    models: tuple[nn.Module, nn.Module],
+    decided: QuantPlan,
+    what: tuple[str, Mapping[str, Tensor], _Kept],
 ) -> Damage:
+    model, rounded = models
     name, batch, kept = what
     linear = smoothed_linear(model, name)
     owners = [index for index, block in enumerate(kept.blocks) if _holds(block, linear)]
     home = owners[0] if len(owners) == 1 else None
     seen: list[Any] = []
-    path = simulate_linear(model, decided, name)
+    replace_linear(model, name, simulated_linear(rounded, decided, name))
     try:
         watched = [] if home is None else [kept.blocks[home]]
         with _skip(kept.blocks[:home] if home else [], kept.outputs), _keep_outputs(watched, seen):
             logits = run_model(model, batch)
     finally:
-        replace_module(model, path, linear)
+        replace_linear(model, name, linear)
     block = None if home is None else sqnr_db(_tensor(seen[0]), _tensor(kept.outputs[home]))
     before, after = (x.float().log_softmax(dim=-1) for x in (kept.logits, logits))
     kl = float((before.exp() * (before - after)).sum(dim=-1).mean())

@@ -16,11 +16,12 @@ from ipex_sq.errors import CheckpointError
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import smoothed_linear
 from ipex_sq.models.identity import model_sha256, tokenizer_sha256
-from ipex_sq.models.onednn import onednn_linears
+from ipex_sq.models.onednn import calibration_dtype, onednn_linears
 from ipex_sq.models.running import run_body
 from ipex_sq.models.sampling import sample_groups, set_apart
 from ipex_sq.models.topology import find_topology
 from ipex_sq.recipe.batching import Batch, without_padding
+from ipex_sq.recipe.gptq import MOST_HESSIAN_BYTES, hessian_bytes, record_hessians
 from ipex_sq.recipe.histograms import record_histograms
 from ipex_sq.recipe.observers import record_stats
 from ipex_sq.recipe.plan import STATIC_INT8, QuantPlan
@@ -37,6 +38,7 @@ def calibrate(
     source: Mapping[str, Any] | None = None,
     *,
     samples: bool = True,
+    hessians: bool = True,
 ) -> ActStats:
     """Run the float model over `batches` and record what its Linears are fed.
 
@@ -46,6 +48,7 @@ def calibrate(
         batches: Texts; padding is taken out first (`without_padding`).
         source: Where the texts came from, kept with the statistics.
         samples: Also run a few texts backward, as the search of alpha needs (`add_samples`).
+        hessians: Also gather what GPTQ needs, unless it takes more than `MOST_HESSIAN_BYTES`.
 
     Raises:
         CalibrationError: No batches, a mask with holes, a Linear never reached, a value not finite.
@@ -58,9 +61,18 @@ def calibrate(
     short = {key: value[:, :PROBED_TOKENS] for key, value in example.items()}
     topology = find_topology(model, [short, *rows])
     names = [name for group in topology.groups for name in group.readers]
-    linears = {name: model.get_submodule(name) for name in names}
+    linears = {name: smoothed_linear(model, name) for name in names}
     unsampled, sampled = set_apart(rows)
-    with onednn_linears(linears.values()), record_stats(linears) as recorder, torch.no_grad():
+    tokens = sum(row["input_ids"].numel() for row in rows)
+    readers = {group.key: linears[group.key] for group in topology.groups} if hessians else {}
+    if hessian_bytes(readers.values()) > MOST_HESSIAN_BYTES:
+        readers = {}
+    with (
+        onednn_linears(linears.values(), calibration_dtype()),
+        record_stats(linears) as recorder,
+        record_hessians(readers, tokens) as recorders,
+        torch.no_grad(),
+    ):
         for batch in _bar(unsampled, "calibrate"):
             run_body(model, batch)
         without_sampled = recorder.so_far()
@@ -72,10 +84,11 @@ def calibrate(
         float_reasons=topology.float_reasons,
         example=example,
         texts=sum(row["input_ids"].shape[0] for row in rows),
-        tokens=sum(row["input_ids"].numel() for row in rows),
+        tokens=tokens,
         source=dict(source or {}),
         seconds=time.perf_counter() - start,
         unsampled=without_sampled,
+        hessians={key: item.finish() for key, item in recorders.items()},
     )
     return add_samples(model, stats, rows) if samples else stats
 
@@ -131,7 +144,7 @@ def clipped_ranges(
     linears = {name: smoothed_linear(model, name) for name in plan.names(STATIC_INT8)}
     ranges = {name: _planned_range(plan, name) for name in linears}
     with (
-        onednn_linears(linears.values()),
+        onednn_linears(linears.values(), calibration_dtype()),
         record_histograms(linears, ranges) as histograms,
         torch.no_grad(),
     ):

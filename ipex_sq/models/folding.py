@@ -145,20 +145,6 @@ def apply_smoothing(
         plan = _undo_fold(model, plan, suspect, problem)
 
 
-def correct_biases(model: nn.Module, plan: QuantPlan) -> None:
-    """Take the mean error of every int8 output from its Linear's bias, in place.
-
-    The float model is no longer what it was: this comes after `apply_smoothing` and its proof.
-    """
-    for name in plan.int8_names:
-        error = plan.linears[name].output_error
-        if error is None:
-            continue
-        linear = smoothed_linear(model, name)
-        bias = -error if linear.bias is None else linear.bias.detach() - error
-        linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
-
-
 def _smooth_group(model: nn.Module, plan: QuantPlan, item: GroupPlan) -> None:
     assert item.scale is not None  # noqa: S101
     for name in item.group.readers:
@@ -224,6 +210,12 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at path `name` of `model`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def replace_linear(model: nn.Module, name: str, linear: nn.Module) -> None:
+    """Put `linear` in the place of the Linear at path `name`, behind its pre-scale."""
+    prescaled = isinstance(model.get_submodule(name), PreScaledLinear)
+    replace_module(model, f"{name}.linear" if prescaled else name, linear)
 
 
 def smoothed_linear(model: nn.Module, name: str) -> nn.Linear:

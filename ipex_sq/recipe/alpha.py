@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 
 from ipex_sq.recipe.observers import LinearStats
-from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8
+from ipex_sq.recipe.plan import STATIC_INT8
 from ipex_sq.recipe.qparams import (
-    TOKEN_ZERO_POINT,
     activation_qparams,
     int8_sums,
-    quantize_activation,
-    quantize_tokens,
     quantize_weight,
-    token_scale,
+    round_rows,
     weight_scale,
 )
 from ipex_sq.recipe.samples import GroupSample
@@ -33,6 +30,9 @@ from ipex_sq.recipe.splitting import append_copies, smoothed_weight, split_chann
 
 ALPHA_GRID = tuple(round(0.3 + 0.05 * step, 2) for step in range(15))
 """0.30 to 1.00. Below 0.3 the weights give more range to activations than smoothing takes away."""
+
+SEARCH_ROWS = 256
+"""Of a sample. 512 choose no better on SmolLM2-135M and take two thirds longer (docs/log.md)."""
 
 Costs = dict[float | None, float]
 """Nats of KL divergence per prediction, by alpha."""
@@ -147,7 +147,8 @@ class GroupCosts:
     def __init__(self, inputs: GroupInputs) -> None:
         """`inputs` hold a sample."""
         assert inputs.sample is not None  # noqa: S101
-        self._inputs, self._sample = inputs.without_sampled_texts(), inputs.sample
+        self._inputs = inputs.without_sampled_texts()
+        self._sample = inputs.sample.thinned(SEARCH_ROWS)
         self._stacked = torch.cat(list(inputs.weights))
         outputs = self._sample.inputs @ self._stacked.T
         self._wanted = outputs.mul_(self._sample.gradients).sum(dim=1)
@@ -169,23 +170,10 @@ class GroupCosts:
         rows = sample.inputs if scale is None else sample.inputs / scale
         weight = smoothed_weight(self._stacked, scale, channels)
         steps = weight_scale(weight)
-        levels, zero_point, step = round_rows(rows, inputs.stats, scale, mode)
+        static = mode == STATIC_INT8
+        activation = activation_qparams(*inputs.stats.smoothed_range(scale)) if static else None
+        levels, zero_point, step = round_rows(rows, activation)
         weight_levels = quantize_weight(weight, steps)
         sums = int8_sums(append_copies(levels, channels), zero_point, weight_levels)
         projected = sums.mul_(steps).mul_(step).mul_(sample.gradients).sum(dim=1)
         return sample.expected_kl(projected - self._wanted)
-
-
-def round_rows(
-    rows: Tensor, stats: LinearStats, scale: Tensor | None, mode: str
-) -> tuple[Tensor, int, Tensor | float]:
-    """Round smoothed rows `[n, in_features]` as `mode` says.
-
-    Returns:
-        Levels (uint8), their zero point, and the step: one, or `[n, 1]`.
-    """
-    if mode == DYNAMIC_INT8:
-        step = token_scale(rows)
-        return quantize_tokens(rows, step), TOKEN_ZERO_POINT, step
-    qparams = activation_qparams(*stats.smoothed_range(scale))
-    return quantize_activation(rows, qparams), qparams.zero_point, qparams.scale

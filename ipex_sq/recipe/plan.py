@@ -20,6 +20,7 @@ STATIC_INT8 = "static_int8"
 DYNAMIC_INT8 = "dynamic_int8"
 FLOAT = "float"
 FOLD, PRESCALE, UNSMOOTHED = "fold", "prescale", "none"
+NEAREST, GPTQ = "nearest", "gptq"
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,6 @@ class LinearPlan:
         group: Key of its smooth group; empty for float.
         activation: uint8 parameters of its (smoothed) input; None unless static.
         weight_scale: `[out_features]`, of its (smoothed) weight; None for float.
-        output_error: `[out_features]`, mean error of its int8 output, to be taken from its bias;
-            None where it was not measured.
     """
 
     mode: str
@@ -75,7 +74,6 @@ class LinearPlan:
     group: str = ""
     activation: ActivationQParams | None = None
     weight_scale: Tensor | None = None
-    output_error: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,8 @@ class QuantPlan:
         linears: By module path.
         groups: By group key.
         calibration: Texts and tokens behind the statistics, and where they came from.
+        weight_rounding: "nearest" or "gptq".
+        corrects_biases: Whether the mean error of int8 outputs is taken from the biases.
     """
 
     alpha: float | str | None
@@ -135,6 +135,8 @@ class QuantPlan:
     groups: Mapping[str, GroupPlan]
     alpha_kl: Mapping[float, float] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    weight_rounding: str = NEAREST
+    corrects_biases: bool = False
 
     @property
     def int8_names(self) -> list[str]:
@@ -200,15 +202,10 @@ class QuantPlan:
         }
 
     def with_ranges(self, ranges: Mapping[str, tuple[float, float]], observer: str) -> QuantPlan:
-        """The same plan with other activation ranges (of the smoothed inputs).
-
-        Mean output errors were measured with the old ones and go.
-        """
+        """The same plan with other activation ranges (of the smoothed inputs)."""
         linears = dict(self.linears)
         for name, (low, high) in ranges.items():
-            linears[name] = replace(
-                linears[name], activation=activation_qparams(low, high), output_error=None
-            )
+            linears[name] = replace(linears[name], activation=activation_qparams(low, high))
         return replace(self, linears=linears, observer=observer)
 
 
@@ -225,7 +222,7 @@ def fold_into_producers(
 ) -> dict[str, LinearPlan]:
     """The plans of all Linears once producers have taken their groups' scales.
 
-    int8 levels of a row do not change when it is divided: its scale and its error do.
+    int8 levels of a row do not change when it is divided: its scale does.
     """
     scaled = dict(linears)
     for item in groups.values():
@@ -240,5 +237,4 @@ def _scaled_rows(linear: LinearPlan, item: GroupPlan, sign: int) -> LinearPlan:
     if linear.weight_scale is None:
         return linear
     divisor = producer_scale(item, linear.weight_scale.numel()).pow(sign)
-    error = None if linear.output_error is None else linear.output_error / divisor
-    return replace(linear, weight_scale=linear.weight_scale / divisor, output_error=error)
+    return replace(linear, weight_scale=linear.weight_scale / divisor)

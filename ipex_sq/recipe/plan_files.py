@@ -21,7 +21,7 @@ from ipex_sq.recipe.plan import (
 )
 from ipex_sq.recipe.qparams import ActivationQParams
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 
 def plan_to_json(plan: QuantPlan) -> str:
@@ -31,6 +31,8 @@ def plan_to_json(plan: QuantPlan) -> str:
         "alpha": plan.alpha,
         "alpha_kl": {str(alpha): cost for alpha, cost in plan.alpha_kl.items()},
         "observer": plan.observer,
+        "weight_rounding": plan.weight_rounding,
+        "corrects_biases": plan.corrects_biases,
         "calibration": dict(plan.calibration),
         "linears": {
             name: {
@@ -63,9 +65,6 @@ def plan_tensors(plan: QuantPlan) -> dict[str, Tensor]:
         for name, item in plan.linears.items()
         if item.weight_scale is not None
     }
-    for name, linear in plan.linears.items():
-        if linear.output_error is not None:
-            found[f"{name}.output_error"] = linear.output_error
     for key, item in plan.groups.items():
         if item.scale is not None:
             found[f"{key}.smoothing_scale"] = item.scale
@@ -96,9 +95,10 @@ def plan_from_json(text: str, tensors: Mapping[str, Tensor]) -> QuantPlan:
         costs = {float(alpha): value for alpha, value in document["alpha_kl"].items()}
         calibration = document["calibration"]
         alpha, observer = document["alpha"], document["observer"]
+        weights = document["weight_rounding"], document["corrects_biases"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"not a quantization plan: {error!r}") from error
-    return QuantPlan(alpha, observer, linears, groups, costs, calibration)
+    return QuantPlan(alpha, observer, linears, groups, costs, calibration, *weights)
 
 
 def _linear_plan(name: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> LinearPlan:
@@ -108,8 +108,7 @@ def _linear_plan(name: str, item: dict[str, Any], tensors: Mapping[str, Tensor])
     if (activation is None) != (item["mode"] == DYNAMIC_INT8):
         raise CheckpointError(f"not a quantization plan: {name!r} lacks its activation range")
     scale = tensors[f"{name}.weight_scale"]
-    error = tensors.get(f"{name}.output_error")
-    return LinearPlan(item["mode"], item["reason"], item["group"], activation, scale, error)
+    return LinearPlan(item["mode"], item["reason"], item["group"], activation, scale)
 
 
 def _group_plan(key: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> GroupPlan:

@@ -12,13 +12,14 @@ from tqdm import tqdm
 from ipex_sq.config import AUTO, AUTO_GLOBAL, DYNAMIC, MIXED, STATIC
 from ipex_sq.errors import CalibrationError
 from ipex_sq.recipe.alpha import ALPHA_GRID, AlphaSearch, GroupInputs, search_alpha
-from ipex_sq.recipe.correction import mean_output_errors
 from ipex_sq.recipe.mixing import LEAST_SAVING, MASSIVE, massive_groups
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import (
     DYNAMIC_INT8,
     FLOAT,
     FOLD,
+    GPTQ,
+    NEAREST,
     PRESCALE,
     STATIC_INT8,
     GroupPlan,
@@ -48,6 +49,7 @@ class ActStats:
         seconds: Wall time of the calibration.
         samples: By group key, for the search of alpha; empty until they are asked for.
         unsampled: As `linears`, without the few texts that samples are taken from.
+        hessians: By group key `[in_features, in_features]`, for GPTQ; empty until asked for.
     """
 
     linears: Mapping[str, LinearStats]
@@ -60,6 +62,7 @@ class ActStats:
     seconds: float = 0.0
     samples: Mapping[str, GroupSample] = field(default_factory=dict)
     unsampled: Mapping[str, LinearStats] = field(default_factory=dict)
+    hessians: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 KEPT = "to meet --max_drop"
@@ -73,11 +76,13 @@ class Rounding:
         alpha: Number, "auto" (search, for each group), "auto-global" (search, one for all), or
             None (no smoothing).
         activations: "static", "dynamic" or "mixed".
+        weights: "nearest" or "gptq".
         forced: Mode of groups (by key) that are decided already: "dynamic_int8" or "float".
     """
 
     alpha: float | str | None
     activations: str = STATIC
+    weights: str = NEAREST
     forced: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -89,6 +94,11 @@ class Rounding:
     def needs_samples(self) -> bool:
         """Whether the decision is made by the effect on predictions."""
         return self.searches_alpha or self.activations == MIXED
+
+    @property
+    def needs_hessians(self) -> bool:
+        """Whether weights are rounded by their effect on the outputs."""
+        return self.weights == GPTQ
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -117,8 +127,13 @@ def make_plan(
         search: What `search_costs` found, where it is known already.
 
     Raises:
-        CalibrationError: A search needs samples, and the statistics hold none.
+        CalibrationError: A search needs samples, or GPTQ Hessians, and the statistics hold none.
     """
+    if wanted.needs_hessians and not stats.hessians:
+        raise CalibrationError(
+            "GPTQ needs Hessians: calibrate(model, batches, hessians=True), or round weights to "
+            "nearest"
+        )
     inputs = _inputs(stats, weights, wanted)
     if search is None and wanted.needs_samples:
         # A group that costs less than the least saving in one mode cannot gain it in the other.
@@ -141,7 +156,7 @@ def make_plan(
         if search is not None:
             item = replace(item, expected_kl=search.cost(group.key, alpha, mode))
         groups[group.key] = item
-        linears |= _plan_linears(item, inputs[group.key], (mode, reason), corrected=bool(search))
+        linears |= _plan_linears(item, inputs[group.key], mode, reason)
     calibration = {"texts": stats.texts, "tokens": stats.tokens, **stats.source}
     return QuantPlan(
         _alpha_of_model(search, wanted),
@@ -150,6 +165,8 @@ def make_plan(
         groups,
         _costs_of_model(search, wanted),
         calibration,
+        wanted.weights,
+        corrects_biases=search is not None,
     )
 
 
@@ -250,14 +267,10 @@ def _plan_group(group: SmoothGroup, inputs: GroupInputs, alpha: float | None) ->
 
 
 def _plan_linears(
-    item: GroupPlan, inputs: GroupInputs, mode_and_reason: tuple[str, str], *, corrected: bool
+    item: GroupPlan, inputs: GroupInputs, mode: str, reason: str
 ) -> dict[str, LinearPlan]:
-    mode, reason = mode_and_reason
     ranged = inputs.stats.smoothed_range(item.scale)
     activation = activation_qparams(*ranged) if mode == STATIC_INT8 else None
-    errors: Sequence[Tensor | None] = [None] * len(inputs.weights)
-    if corrected and inputs.sample is not None:
-        errors = mean_output_errors(inputs, item, mode)
     return {
         name: LinearPlan(
             mode,
@@ -265,7 +278,6 @@ def _plan_linears(
             item.group.key,
             activation,
             weight_scale(smoothed_weight(weight, item.scale, item.channels)),
-            error,
         )
-        for name, weight, error in zip(item.group.readers, inputs.weights, errors, strict=True)
+        for name, weight in zip(item.group.readers, inputs.weights, strict=True)
     }

@@ -75,6 +75,20 @@ def fake_quantize_tokens(x: Tensor) -> Tensor:
     return (x.float() / scale).round_().mul_(scale)
 
 
+def round_rows(
+    rows: Tensor, activation: ActivationQParams | None
+) -> tuple[Tensor, int, Tensor | float]:
+    """Round smoothed rows `[n, in_features]`: per tensor, or per token where `activation` is None.
+
+    Returns:
+        Levels (uint8), their zero point, and the step: one, or `[n, 1]`.
+    """
+    if activation is None:
+        step = token_scale(rows)
+        return quantize_tokens(rows, step), TOKEN_ZERO_POINT, step
+    return quantize_activation(rows, activation), activation.zero_point, activation.scale
+
+
 def weight_scale(weight: Tensor) -> Tensor:
     """Scale `[out_features]` of each output channel of `weight` `[out_features, in_features]`."""
     absmax = weight.detach().float().abs().amax(dim=1)

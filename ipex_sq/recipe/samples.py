@@ -38,6 +38,12 @@ class GroupSample:
     gradients: Tensor
     weight: float
 
+    def thinned(self, rows: int) -> GroupSample:
+        """About `rows` of the rows, evenly spread."""
+        every = max(len(self.inputs) // rows, 1)
+        inputs, gradients = self.inputs[::every], self.gradients[::every]
+        return GroupSample(inputs, gradients, self.weight * len(self.inputs) / len(inputs))
+
     def expected_kl(self, output_change: Tensor) -> float:
         """KL divergence in nats per prediction that a change of the outputs costs.
 

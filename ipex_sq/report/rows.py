@@ -38,6 +38,8 @@ def run_note(row: dict[str, Any]) -> str:
     for problem in row["undone_folds"].values():
         smoothing += f"; pre-scaled instead: {problem}"
     per_token = ", ".join(f"{count} {why}" for why, count in row["dynamic_reasons"].items())
+    if row["weight_rounding"] != "nearest":
+        smoothing += f"; weights by {row['weight_rounding'].upper()}"
     return (
         f"{row['label']} {row['backend']} ({row['backend_why']}): {row['kernels']}, "
         f"{row['dtype']} elsewhere; rounded per token: {per_token or 'none'}; "

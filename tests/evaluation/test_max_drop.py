@@ -15,7 +15,8 @@ from ipex_sq.evaluation.max_drop import Search, plan_within_drop
 from ipex_sq.evaluation.next_tokens import predict_tokens
 from ipex_sq.evaluation.pairing import paired_difference
 from ipex_sq.models.calibration import calibrate
-from ipex_sq.models.folding import apply_smoothing, correct_biases
+from ipex_sq.models.folding import apply_smoothing
+from ipex_sq.models.rounding import round_weights
 from ipex_sq.models.tiny import tiny_model
 
 DOCUMENTS = [
@@ -44,7 +45,7 @@ def _out_of_static(search, max_drop):
 def _int8(search, decided):
     model = copy.deepcopy(search.model)
     decided, _ = apply_smoothing(model, decided, search.stats.example)
-    correct_biases(model, decided)
+    round_weights(model, decided, search.stats)
     return ReferenceBackend().lower(model, decided, search.stats.example, "fp32")
 
 

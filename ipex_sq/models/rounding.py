@@ -1,0 +1,97 @@
+"""Weights of a smoothed model put on the plan's levels, and what int8 shifts taken from biases.
+
+Backends then round to the nearest level, which is the one that a weight stands on already.
+
+Bias correction (Nagel et al. 2019, arXiv 1906.04721): rounding errors of a Linear average to nearly
+nothing over inputs that average to nothing; inputs of a network do not. What remains is the same
+shift at every token, and it moves predictions one way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ipex_sq.models.folding import smoothed_linear
+from ipex_sq.recipe.gptq import gptq_weight, smoothed_hessian
+from ipex_sq.recipe.plan import FLOAT, GPTQ, GroupPlan, LinearPlan, QuantPlan
+from ipex_sq.recipe.planning import ActStats
+from ipex_sq.recipe.qparams import ActivationQParams, quantize_weight, round_rows
+from ipex_sq.recipe.samples import GroupSample
+from ipex_sq.recipe.splitting import append_copies
+
+MASSIVE_FACTOR = 8.0
+"""A token this many times larger than the median one is left out of the mean error: its error is
+its own, and the others would pay for it."""
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, plan: QuantPlan, stats: ActStats) -> None:
+    """Round weights and correct biases as `plan` says, in place.
+
+    The float model is no longer what it was: this comes after `apply_smoothing` and its proof.
+
+    Args:
+        model: Smoothed as the plan says.
+        plan: Says how weights are rounded and whether biases are corrected.
+        stats: Hold the Hessians and samples that the plan was made with.
+    """
+    if plan.weight_rounding != GPTQ and not plan.corrects_biases:
+        return
+    groups = [item for item in plan.groups.values() if plan.linears[item.group.key].mode != FLOAT]
+    bar = tqdm(groups, desc="round weights", unit="group", disable=None, leave=False)
+    for item in bar:
+        _round_group(model, plan, item, stats)
+
+
+def _round_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, stats: ActStats) -> None:
+    key, readers = item.group.key, item.group.readers
+    linears = [smoothed_linear(model, name) for name in readers]
+    weight = torch.cat([linear.weight.float() for linear in linears])
+    steps = torch.cat([_steps(plan.linears[name]) for name in readers])
+    if plan.weight_rounding == GPTQ and key in stats.hessians:
+        hessian = smoothed_hessian(stats.hessians[key], item.scale, item.channels)
+        levels = gptq_weight(weight, steps, hessian)
+    else:
+        levels = quantize_weight(weight, steps)
+    rounded = levels.float() * steps[:, None]
+    sizes = [linear.out_features for linear in linears]
+    if plan.corrects_biases and key in stats.samples:
+        error = _mean_error(
+            stats.samples[key], item, plan.linears[key].activation, (weight, rounded)
+        )
+        for linear, part in zip(linears, error.split(sizes), strict=True):
+            bias = -part if linear.bias is None else linear.bias - part
+            linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+    for linear, part in zip(linears, rounded.split(sizes), strict=True):
+        linear.weight.copy_(part)
+
+
+def _steps(linear: LinearPlan) -> Tensor:
+    assert linear.weight_scale is not None  # noqa: S101
+    return linear.weight_scale
+
+
+def _mean_error(
+    sample: GroupSample,
+    item: GroupPlan,
+    activation: ActivationQParams | None,
+    weights: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Mean error `[out_features]` of int8 outputs over the ordinary sampled tokens.
+
+    Args:
+        sample: Of the group's unsmoothed inputs.
+        item: How it is smoothed.
+        activation: How its input is rounded.
+        weights: `[out_features, in_features + copies]`, before and after rounding.
+    """
+    rows = sample.inputs if item.scale is None else sample.inputs / item.scale
+    size = rows.abs().amax(dim=1)
+    rows = rows[size <= MASSIVE_FACTOR * size.median()]
+    levels, zero_point, step = round_rows(rows, activation)
+    # The mean of products with one weight is the product of the mean.
+    before = append_copies(rows.mean(dim=0), item.channels)
+    after = append_copies(((levels.float() - zero_point) * step).mean(dim=0), item.channels)
+    return weights[1] @ after - weights[0] @ before

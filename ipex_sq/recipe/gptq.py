@@ -1,0 +1,148 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): weights rounded so that their errors cancel.
+
+Rounding to nearest keeps each weight's error small; what matters is the error of the output. Input
+channels are rounded one after the other, and each takes over what the ones before it did to the
+output, as far as it can. Written as LDLQ (Chee et al. 2023, arXiv 2307.13304: it is the same): with
+H = U D U^T, U unit upper triangular, channel k is rounded at w_k + sum_j<k U_jk (w_j - q_j).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ipex_sq.recipe.hooks import hooked
+from ipex_sq.recipe.qparams import WEIGHT_MAXIMUM, int8_sums, quantize_weight, weight_scale
+
+ROWS_PER_CHANNEL = 2
+"""Tokens behind a Hessian, where the texts have as many. On SmolLM2-135M half as many cost 10 % of
+expected KL, and all tokens of 128 texts (7 per channel of down_proj) gain 5 % (docs/log.md)."""
+
+MOST_HESSIAN_BYTES = 8 * 2**30
+"""Of all Hessians of a model together."""
+
+MOST_WAITING = 1024
+"""Rows that wait for one product: a few at a time cost more in reading the sum than in adding."""
+
+DAMPING = 0.01
+"""Of the mean diagonal, added to the diagonal: the paper's value. 0.001 to 0.1 are alike here."""
+
+BLOCK = 64
+"""Channels that take over the errors of all before them in one product, and then among them."""
+
+TOGETHER = 4
+"""Channels rounded at once, without regard to each other: one by one takes a third longer and gains
+less than two runs differ."""
+
+
+def hessian_bytes(readers: Iterable[nn.Linear]) -> int:
+    """Memory that the Hessians of these Linears' inputs take."""
+    return sum(4 * linear.in_features**2 for linear in readers)
+
+
+class HessianRecorder:
+    """Sums x x^T of one Linear's inputs, of every n-th token, each channel rounded to int8."""
+
+    def __init__(self, channels: int, tokens: int) -> None:
+        self._every = max(tokens // (ROWS_PER_CHANNEL * channels), 1)
+        self._hessian = torch.zeros(channels, channels)
+        self._passed = 0
+        self._waiting: list[Tensor] = []
+
+    def observe(self, x: Tensor) -> None:
+        """Take in one input `[..., in_features]`."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        start, self._passed = -self._passed % self._every, self._passed + len(rows)
+        self._waiting.append(rows[start :: self._every].float())
+        if sum(map(len, self._waiting)) >= MOST_WAITING:
+            self._add()
+
+    def finish(self) -> Tensor:
+        """`[in_features, in_features]`."""
+        self._add()
+        return self._hessian
+
+    def _add(self) -> None:
+        if self._waiting:
+            channels = torch.cat(self._waiting).T
+            scale = weight_scale(channels)
+            levels = quantize_weight(channels, scale)
+            sums = int8_sums(levels.view(torch.uint8) ^ 128, 128, levels)
+            self._hessian.add_(sums.mul_(scale).mul_(scale[:, None]))
+            self._waiting.clear()
+
+
+@contextmanager
+def record_hessians(
+    readers: Mapping[str, nn.Linear], tokens: int
+) -> Iterator[dict[str, HessianRecorder]]:
+    """Observe the inputs of `readers` inside the `with` block.
+
+    Args:
+        readers: One Linear of each smooth group, by group key.
+        tokens: How many tokens the block will run, to take every n-th (`ROWS_PER_CHANNEL`).
+    """
+    recorders = {
+        key: HessianRecorder(linear.in_features, tokens) for key, linear in readers.items()
+    }
+
+    def hook_for(key: str) -> Callable[..., None]:
+        return lambda _module, args: recorders[key].observe(args[0])
+
+    with hooked(module.register_forward_pre_hook(hook_for(key)) for key, module in readers.items()):
+        yield recorders
+
+
+def smoothed_hessian(hessian: Tensor, scale: Tensor | None, channels: Tensor | None) -> Tensor:
+    """The Hessian of smoothed inputs with their copies, from that of the inputs.
+
+    Args:
+        hessian: `[in_features, in_features]`.
+        scale: `[in_features]`, divides the input, or None.
+        channels: `[copies]`, which channels are copied, or None.
+    """
+    if scale is not None:
+        hessian = hessian / scale / scale[:, None]
+    if channels is None:
+        return hessian
+    order = torch.cat((torch.arange(len(hessian)), channels))
+    return hessian[order][:, order]
+
+
+def gptq_weight(weight: Tensor, steps: Tensor, hessian: Tensor) -> Tensor:
+    """Round `weight` to int8 levels that keep its outputs.
+
+    Args:
+        weight: `[out_features, in_features]`, fp32.
+        steps: `[out_features]`, the weight scale.
+        hessian: `[in_features, in_features]`, sum of x x^T over inputs.
+
+    Returns:
+        `[out_features, in_features]` int8 in [-127, 127].
+    """
+    size = hessian.diagonal()
+    damped = hessian + torch.eye(len(size)) * (DAMPING * size.mean()).clamp(min=1e-12)
+    # Channels with the largest inputs first: the others can take over their errors.
+    order = size.argsort(descending=True, stable=True)
+    feedback = _feedback(damped[order][:, order])
+    wanted = (weight / steps[:, None]).T[order].contiguous()  # [in, out]: channels are contiguous
+    levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+    shifted = wanted.clone()
+    for start in range(0, len(wanted), BLOCK):
+        stop = min(start + BLOCK, len(wanted))
+        shifted[start:stop].addmm_(feedback[:start, start:stop].T, errors[:start])
+        for first in range(start, stop, TOGETHER):
+            now = slice(first, min(first + TOGETHER, stop))
+            aim = torch.addmm(shifted[now], feedback[start:first, now].T, errors[start:first])
+            torch.round(aim, out=levels[now]).clamp_(-WEIGHT_MAXIMUM, WEIGHT_MAXIMUM)
+            torch.sub(wanted[now], levels[now], out=errors[now])
+    return levels[order.argsort()].T.to(torch.int8).contiguous()
+
+
+def _feedback(hessian: Tensor) -> Tensor:
+    """U of H = U D U^T, unit upper triangular."""
+    root = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)  # upper: H = root root^T
+    return root / root.diagonal()
