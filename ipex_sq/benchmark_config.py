@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ipex_sq.config import check_choice, check_positive, setting
 from ipex_sq.errors import ConfigError
 
-PREFILL, DECODE, CLASSIFY = "prefill", "decode", "classify"
-WORKLOADS = (PREFILL, DECODE)
+PREFILL, DECODE, LAMBADA, CLASSIFY = "prefill", "decode", "lambada", "classify"
+WORKLOADS = (PREFILL, DECODE, LAMBADA)
 LOGITS = ("all", "last")
 
 
@@ -18,8 +18,9 @@ class BenchmarkConfig:
 
     workload: str = setting(
         PREFILL,
-        "prefill: one forward pass; decode: generate() with its key-value cache, greedy. A "
-        "classifier has forward passes only",
+        "prefill: one forward pass; decode: generate() with its key-value cache, greedy; lambada: "
+        "accuracy on its documents, latency of a batch of them and documents/s. A classifier has "
+        "forward passes only",
         choices=WORKLOADS,
     )
     batch_size: int = setting(16, "sequences per batch", type=int)
@@ -51,7 +52,9 @@ class BenchmarkConfig:
         None, "cores to use, as 0-3,8 (default: all that this process may use)"
     )
     numa: bool = setting(False, "keep every instance within one NUMA node", action="store_true")
-    seed: int = setting(42, "seed of the random token ids", type=int)
+    seed: int = setting(
+        42, "seed of the random token ids, and of the choice of calibration texts", type=int
+    )
 
     def __post_init__(self) -> None:
         for name in (

@@ -86,10 +86,27 @@ def int8_quants(
     ]
 
 
-def prepare(contender: Contender, subject: Subject) -> tuple[nn.Module, Any, Work]:
-    """The model to time, its configuration, and the work that it does."""
-    model, batches = subject.load()
-    config = model.config
+@dataclass(frozen=True)
+class Prepared:
+    """A model to time.
+
+    Attributes:
+        vocabulary: Number of token ids.
+        tokenizer: Of a language model with weights.
+        work: What its Linears do.
+    """
+
+    model: nn.Module
+    vocabulary: int
+    tokenizer: Any
+    work: Work
+
+
+def prepare(contender: Contender, subject: Subject) -> Prepared:
+    """Load the model and put it into the form that is timed."""
+    loaded = subject.load()
+    model, batches = loaded.model, loaded.batches
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     work = work_of(model, contender.precision, contender.float_precision)
     if contender.backend == openvino_peer.NAME:
         model = openvino_peer.openvino_int8(model, batches)
@@ -101,4 +118,4 @@ def prepare(contender: Contender, subject: Subject) -> tuple[nn.Module, Any, Wor
         model = NativeBackend().optimize_float(model, contender.precision, {})
     else:
         model = Backend.optimize_float(NativeBackend(), model, contender.precision, {})
-    return model, config, work
+    return Prepared(model, vocabulary, loaded.tokenizer, work)

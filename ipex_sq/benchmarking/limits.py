@@ -61,7 +61,7 @@ class Work:
     precision: str
     float_precision: str
 
-    def least_seconds(self, limits: Limits, tokens: int, predictions: int) -> float:
+    def least_seconds(self, limits: Limits, tokens: float, predictions: float) -> float:
         """No run is faster: its products at the measured rates, or its weights read once.
 
         Args:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from ipex_sq.benchmark_config import DECODE, BenchmarkConfig
+from ipex_sq.benchmark_config import PREFILL, BenchmarkConfig
 from ipex_sq.benchmarking.contenders import Contender
 from ipex_sq.benchmarking.limits import BYTES
 from ipex_sq.benchmarking.subjects import Subject
@@ -23,7 +23,7 @@ def needed_bytes(timed: Sequence[Contender], subject: Subject, config: Benchmark
     """Estimate: all weights and the logits of every contender, and one that is made ready."""
     size = subject.size()
     positions = config.batch_size
-    if config.logits == "all" and config.workload != DECODE and not subject.classifies:
+    if config.logits == "all" and config.workload == PREFILL and not subject.classifies:
         positions *= config.sequence_length
     resident = 0
     for contender in timed:

@@ -93,8 +93,10 @@ class OpenVinoModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        use_cache: bool = False,
     ) -> tuple[Tensor]:
-        """Map `[batch, tokens]` to logits."""
+        """Map `[batch, tokens]` to logits; there is no cache."""
+        del use_cache
         given = in_order(self.inputs, input_ids, attention_mask, token_type_ids)
         outputs = self.request.infer(
             [tensor.numpy() for tensor in given], share_inputs=True, share_outputs=True

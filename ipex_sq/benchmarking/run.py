@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from ipex_sq.benchmarking import openvino_peer
 from ipex_sq.benchmarking.contenders import Contender
 from ipex_sq.benchmarking.cores import instance_cores
 from ipex_sq.benchmarking.limits import Limits, LimitsSession, Work
-from ipex_sq.benchmarking.session import Sample, Session
+from ipex_sq.benchmarking.session import Load, Sample, Session
 from ipex_sq.benchmarking.subjects import Subject
 from ipex_sq.benchmarking.workers import Worker
 from ipex_sq.errors import BackendUnavailableError, UnsupportedModelError
@@ -32,6 +32,7 @@ class Entry:
         samples: Of each instance.
         turns: Runs per second of all instances together, turn by turn.
         work: Of one instance.
+        load: Of one batch.
         described: What the row says of getting ready.
         reason: Why it has no figures.
     """
@@ -41,6 +42,7 @@ class Entry:
     samples: list[Sample] = field(default_factory=list)
     turns: list[float] = field(default_factory=list)
     work: Work | None = None
+    load: Load | None = None
     described: dict[str, float] = field(default_factory=dict)
     breakdown: dict[str, float] = field(default_factory=dict)
     reason: str = ""
@@ -71,7 +73,7 @@ def run_benchmark(
             for entry in ready[first:] + ready[:first]:
                 _take_turn(entry, config)
         for entry in ready:
-            stats = [worker.call("describe")[1] for worker in entry.workers]
+            stats = [worker.call("describe")[2] for worker in entry.workers]
             entry.described["peak_rss_bytes"] = sum(item["peak_rss_bytes"] for item in stats)
             if entry.contender.backend != openvino_peer.NAME:  # torch sees none of its operators
                 entry.breakdown = entry.workers[0].call("breakdown")  # its events take memory
@@ -93,7 +95,7 @@ def _start(
     try:
         for worker in entry.workers:
             worker.ready()
-        entry.work, entry.described = entry.workers[0].call("describe")
+        entry.work, entry.load, entry.described = entry.workers[0].call("describe")
     except (UnsupportedModelError, BackendUnavailableError) as error:
         entry.reason = str(error)
     return entry
@@ -130,7 +132,6 @@ def _row(
     if entry.reason:
         return row
     times = [sample.ms for sample in entry.samples]
-    tokens = config.batch_size * config.sequence_length
     row |= {
         "p50_ms": statistics.median(times),
         "p90_ms": quantile(times, 0.9),
@@ -143,20 +144,20 @@ def _row(
         "breakdown": entry.breakdown,
         **entry.described,
     }
-    assert entry.work is not None  # noqa: S101
+    assert entry.work is not None and entry.load is not None  # noqa: S101, PT018
+    least = entry.work.least_seconds(limits, entry.load.tokens, entry.load.predictions)
+    tokens = entry.load.tokens
     if config.workload == DECODE:
         ttft = statistics.median(sample.ttft_ms or 0.0 for sample in entry.samples)
         tpot = statistics.median(sample.tpot_ms or 0.0 for sample in entry.samples)
-        least = entry.work.least_seconds(limits, config.batch_size, config.batch_size)
         share = 1000 * least * len(instances) / tpot
         row |= {"ttft_ms": ttft, "tpot_ms": tpot, "limit_share": share}
         tokens = config.batch_size * config.new_tokens
     else:
-        predictions = tokens if config.logits == "all" else config.batch_size
-        if subject.classifies:
-            predictions = config.batch_size
-        least = entry.work.least_seconds(limits, tokens, predictions)
         row["limit_share"] = least * row["batches_per_s"]
+    if entry.load.documents is not None:
+        row["tokens"] = round(tokens / entry.load.documents)
+        row["docs_per_s"] = row["batches_per_s"] * entry.load.documents
     row["tokens_per_s"] = row["batches_per_s"] * tokens
     return row
 
@@ -183,11 +184,6 @@ def quantile(times: Sequence[float], share: float) -> float:
     """The smallest time that `share` of the times do not exceed."""
     ordered = sorted(times)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def limits_json(limits: Limits) -> dict[str, float | None]:
-    """The limits as plain data."""
-    return asdict(limits)
 
 
 def _bar(timed: Sequence[Contender]) -> Any:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ipex_sq.benchmark_config import DECODE, BenchmarkConfig
-from ipex_sq.benchmarking.contenders import Contender, prepare
+from ipex_sq.benchmark_config import DECODE, LAMBADA, BenchmarkConfig
+from ipex_sq.benchmarking.contenders import Contender, Prepared, prepare
 from ipex_sq.benchmarking.limits import Work
 from ipex_sq.benchmarking.subjects import Subject
+from ipex_sq.config import EvaluationConfig
+from ipex_sq.data.documents import Document
+from ipex_sq.errors import UnsupportedModelError
+from ipex_sq.evaluation.lambada import LambadaResult, encode_documents, evaluate_lambada
 from ipex_sq.models.body import logits_at
 from ipex_sq.models.generating import check_generates, timed_generation
 from ipex_sq.models.running import run_model
@@ -24,6 +28,9 @@ SHORTEST_SHARE = 0.25
 
 PROFILED_TOKENS = 8
 """In decode; the events of a hundred tokens take minutes to add up."""
+
+TIMED_BATCHES = 4
+"""Of documents; accuracy is that of all of them."""
 
 MOST_WARMUP = 8
 STILL_FASTER = 0.95
@@ -53,6 +60,21 @@ class Sample:
     tpot_ms: float | None = None
 
 
+@dataclass(frozen=True)
+class Load:
+    """What one batch, or one step of decode, holds.
+
+    Attributes:
+        tokens: That run through the body.
+        predictions: Positions whose logits are computed.
+        documents: Of the lambada workload.
+    """
+
+    tokens: float
+    predictions: float
+    documents: float | None = None
+
+
 class Session:
     """Prepares one contender and runs its workload.
 
@@ -60,25 +82,42 @@ class Session:
         UnsupportedModelError: It cannot run this workload.
     """
 
+    _load: Load
+    _run: Callable[[], Sample]
+    _profiled: Callable[[], Sample]
+    _score: Callable[[], dict[str, float]]
+
     def __init__(self, contender: Contender, subject: Subject, config: BenchmarkConfig) -> None:
         reset_peak_rss()
         start = time.perf_counter()
-        self._model, model_config, self._work = prepare(contender, subject)
-        vocabulary = int(model_config.vocab_size)
-        self._run = _workload(self._model, config, vocabulary)
-        few = replace(config, new_tokens=min(config.new_tokens, PROFILED_TOKENS))
-        self._profiled = _workload(self._model, few, vocabulary)
+        prepared = prepare(contender, subject)
+        self._work = prepared.work
+        self._accuracy: dict[str, float] = {}
+        if config.workload == LAMBADA:
+            self._prepare_lambada(prepared, subject, config)
+        else:
+            self._load = _load_of(subject, config)
+            self._run = _workload(prepared, config)
+            few = replace(config, new_tokens=min(config.new_tokens, PROFILED_TOKENS))
+            self._profiled = _workload(prepared, few)
         self._first = self._run()
         self._setup = time.perf_counter() - start
+        if config.workload == LAMBADA:
+            self._accuracy = self._score()
         self._warm_up(config.warmup)
 
-    def describe(self) -> tuple[Work, dict[str, float]]:
-        """Its work, and what the row says of getting ready."""
-        return self._work, {
-            "setup_s": self._setup,
-            "first_run_ms": self._first.ms,
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
+    def describe(self) -> tuple[Work, Load, dict[str, float]]:
+        """Its work, that of one batch, and what the row says of getting ready."""
+        return (
+            self._work,
+            self._load,
+            {
+                "setup_s": self._setup,
+                "first_run_ms": self._first.ms,
+                "peak_rss_bytes": peak_rss_bytes(),
+                **self._accuracy,
+            },
+        )
 
     def take_turn(self, min_runs: int, min_seconds: float) -> list[Sample]:
         """At least `min_runs` runs and `min_seconds` of them."""
@@ -98,6 +137,35 @@ class Session:
         whole = sum(totals.values()) or 1.0
         return {kind: total / whole for kind, total in totals.items()}
 
+    def _prepare_lambada(
+        self, prepared: Prepared, subject: Subject, config: BenchmarkConfig
+    ) -> None:
+        if subject.texts is None or prepared.tokenizer is None:
+            raise UnsupportedModelError("it has no tokenizer to read documents with")
+        documents = subject.texts.evaluation.documents
+        size = config.batch_size
+
+        def score(some: Sequence[Document]) -> LambadaResult:
+            settings = EvaluationConfig(batch_size=size)
+            return evaluate_lambada(prepared.model, prepared.tokenizer, some, settings)
+
+        def timed(some: Sequence[Document]) -> Sample:
+            start = time.perf_counter()
+            score(some)
+            return Sample(1000 * (time.perf_counter() - start) / -(-len(some) // size))
+
+        few = documents[: TIMED_BATCHES * size]
+        encoded = encode_documents(few, prepared.tokenizer)
+        batches = -(-len(few) // size)
+        self._load = Load(
+            sum(len(item.ids) - 1 for item in encoded) / batches,
+            sum(item.target_tokens for item in encoded) / batches,
+            len(few) / batches,
+        )
+        self._run = lambda: timed(few)
+        self._profiled = lambda: timed(few[:size])
+        self._score = lambda: _accuracy(score(documents))
+
     def _warm_up(self, least: int) -> None:
         last = float("inf")
         for number in range(max(least, MOST_WARMUP)):
@@ -114,10 +182,19 @@ def _kind(name: str) -> str:
     return "other"
 
 
-def _workload(model: nn.Module, config: BenchmarkConfig, vocabulary: int) -> Callable[[], Sample]:
+def _load_of(subject: Subject, config: BenchmarkConfig) -> Load:
+    rows, tokens = config.batch_size, config.batch_size * config.sequence_length
+    if config.workload == DECODE:
+        return Load(rows, rows)
+    last_only = subject.classifies or config.logits == "last"
+    return Load(tokens, rows if last_only else tokens)
+
+
+def _workload(prepared: Prepared, config: BenchmarkConfig) -> Callable[[], Sample]:
+    model = prepared.model
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, config.sequence_length)
-    ids = torch.randint(vocabulary, shape, generator=generator)
+    ids = torch.randint(prepared.vocabulary, shape, generator=generator)
     if config.workload == DECODE:
         check_generates(model)
         return lambda: _decode(model, ids, config.new_tokens)
@@ -126,6 +203,14 @@ def _workload(model: nn.Module, config: BenchmarkConfig, vocabulary: int) -> Cal
     if config.logits == "last":
         last = torch.arange(1, config.batch_size + 1) * config.sequence_length - 1
     return lambda: _forward(model, batch, last)
+
+
+def _accuracy(result: LambadaResult) -> dict[str, float]:
+    return {
+        "accuracy": result.last_word_accuracy,
+        "accuracy_stderr": result.stderr,
+        "perplexity": result.perplexity,
+    }
 
 
 @torch.inference_mode()

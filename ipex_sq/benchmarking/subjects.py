@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ipex_sq.config import DataConfig
 from ipex_sq.data.calibration import calibration_batches, choose_texts
 from ipex_sq.data.lambada import load_lambada
 from ipex_sq.data.reviews import load_reviews
+from ipex_sq.evaluation.experiment import Texts
 from ipex_sq.models.classifier import load_classifier
 from ipex_sq.models.loading import CAUSAL_LM, SEQUENCE_CLASSIFICATION, load_model, task_of
 from ipex_sq.models.shapes import is_classifier_shape, random_model
@@ -26,6 +28,15 @@ RANDOM_TOKENS = 64
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A float model in fp32, calibration batches, and the tokenizer of a language model."""
+
+    model: nn.Module
+    batches: list[dict[str, Tensor]]
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True)
 class Subject:
     """A model to load.
 
@@ -33,11 +44,15 @@ class Subject:
         name: Hub name, folder, "embedded", or a shape.
         kind: "causal-lm", "classifier" or "random" (weights, of the shape `name`).
         trust_remote_code: Run code that comes with the model.
+        texts: LAMBADA documents to score, and those to calibrate on, for that workload.
+        calib_max_tokens: These are cut to so many tokens.
     """
 
     name: str
     kind: str = CAUSAL_LM
     trust_remote_code: bool = False
+    texts: Texts | None = None
+    calib_max_tokens: int = DataConfig.calib_max_tokens
 
     @property
     def classifies(self) -> bool:
@@ -51,10 +66,10 @@ class Subject:
         task = SEQUENCE_CLASSIFICATION if self.kind == CLASSIFIER else CAUSAL_LM
         return named_size(self.name, task, trust_remote_code=self.trust_remote_code)
 
-    def load(self) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-        """The float model, and a few batches to calibrate on."""
+    def load(self) -> Loaded:
+        """The float model, and batches to calibrate on: a few where only speed is asked for."""
         if self.kind == RANDOM:
-            return _random(self.name)
+            return Loaded(*_random(self.name))
         trust = self.trust_remote_code
         if self.kind == CLASSIFIER:
             classifier = load_classifier(self.name, trust_remote_code=trust)
@@ -62,11 +77,15 @@ class Subject:
             chosen = choose_texts(reviews, CALIBRATION_TEXTS, ReviewConfig.seed)
             inputs = classifier.inputs
             batches = calibration_batches(chosen, classifier.tokenizer, 128, inputs=inputs)
-            return classifier.model, batches
+            return Loaded(classifier.model, batches)
         model, tokenizer = load_model(self.name, trust_remote_code=trust)
+        if self.texts is not None and self.texts.calibration is not None:
+            documents = self.texts.calibration.documents
+            batches = calibration_batches(documents, tokenizer, max_tokens=self.calib_max_tokens)
+            return Loaded(model, batches, tokenizer)
         texts = load_lambada("embedded", purpose="calibration").documents
         chosen_texts = choose_texts(texts, CALIBRATION_TEXTS, DataConfig.seed)
-        return model, calibration_batches(chosen_texts, tokenizer)
+        return Loaded(model, calibration_batches(chosen_texts, tokenizer), tokenizer)
 
 
 def _random(name: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:

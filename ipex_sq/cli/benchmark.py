@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ipex_sq.benchmark_config import BenchmarkConfig
+from ipex_sq.benchmark_config import LAMBADA, BenchmarkConfig
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, show
-from ipex_sq.config import BACKENDS, RANDOM_SHAPES, ModelConfig, OutputConfig
+from ipex_sq.config import BACKENDS, RANDOM_SHAPES, DataConfig, ModelConfig, OutputConfig
 from ipex_sq.errors import ConfigError
 
 DESCRIPTION = """\
@@ -26,6 +26,7 @@ EXAMPLES = """\
   python benchmark.py --model_name_or_path bigscience/bloom-560m --int8
   python benchmark.py --int8 --sq --backend native --batch_size 1 --sequence_length 512
   python benchmark.py --int8 --workload decode --batch_size 1 --sequence_length 32
+  python benchmark.py --compare --workload lambada        # accuracy and documents/s in one table
   python benchmark.py --int8 --num_instances 2 --cores_per_instance 1
   python -m ipex_sq benchmark --model_path results/quantized/embedded --batch_size 8 \\
       --sequence_length 128 --padded
@@ -67,6 +68,7 @@ def parser() -> Parser:
         help="also time int8 of another toolkit (install requirements-peers.txt first)",
     )
     flags.add_config(BenchmarkConfig)
+    flags.add_config(DataConfig, skip=("seed",))
     flags.add_config(OutputConfig)
     return flags
 
@@ -88,11 +90,14 @@ def command(arguments: Sequence[str]) -> None:
     from ipex_sq.benchmarking.contenders import Contender, contenders, int8_quants
     from ipex_sq.benchmarking.cores import instance_cores
     from ipex_sq.benchmarking.memory import check_memory
-    from ipex_sq.benchmarking.run import limits_json, run_benchmark
+    from ipex_sq.benchmarking.run import run_benchmark
+    from ipex_sq.evaluation.runs import describe_texts
     from ipex_sq.report.latency import latency_report
     from ipex_sq.system import provenance
 
     subject, folder = _subject(flags)
+    texts = _texts(flags, subject)
+    subject = replace(subject, texts=texts, calib_max_tokens=flags.calib_max_tokens)
     instance_cores(config)  # refused before the work
     labels = ("int8", "int8+sq") if flags.compare else ("int8+sq" if flags.sq else "int8",)
     int8 = flags.int8 or (flags.compare and folder is None)
@@ -108,8 +113,9 @@ def command(arguments: Sequence[str]) -> None:
     result = {
         "model": flags.model_path or flags.random_weights or flags.model_name_or_path,
         **provenance(),
+        **(describe_texts(texts.evaluation, texts.calibration) if texts else {}),
         "config": asdict(config),
-        "limits": limits_json(limits),
+        "limits": asdict(limits),
         "results": rows,
     }
     show(latency_report(result), result, flags.output)
@@ -135,6 +141,21 @@ def _subject(flags: argparse.Namespace) -> tuple[Any, Path | None]:
     folder = Path(flags.model_path)
     source = str(check_task(folder)["made_from"].get("model", ""))
     return Subject(source, CLASSIFIER), folder
+
+
+def _texts(flags: argparse.Namespace, subject: Any) -> Any:
+    """The documents of the lambada workload, or None."""
+    from ipex_sq.benchmarking.subjects import RANDOM
+    from ipex_sq.evaluation.experiment import load_texts
+
+    data = build(DataConfig, flags)
+    if flags.workload != LAMBADA:
+        if data != DataConfig(seed=data.seed):
+            raise ConfigError("--dataset, --limit and --calib_* go with --workload lambada")
+        return None
+    if subject.classifies or subject.kind == RANDOM:
+        raise ConfigError("--workload lambada scores a causal language model with its own weights")
+    return load_texts(data, calibrate=True)
 
 
 def _checkpoint_label(folder: Path) -> tuple[str, str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipex_sq.config import QuantConfig
@@ -23,7 +23,7 @@ from ipex_sq.models.topology import find_topology
 from ipex_sq.recipe.batching import Batch, without_padding
 from ipex_sq.recipe.gptq import MOST_HESSIAN_BYTES, hessian_bytes, record_hessians
 from ipex_sq.recipe.histograms import record_histograms
-from ipex_sq.recipe.observers import record_stats
+from ipex_sq.recipe.observers import LinearStats, record_stats
 from ipex_sq.recipe.plan import STATIC_INT8, QuantPlan
 from ipex_sq.recipe.planning import ActStats
 from ipex_sq.recipe.scales_files import Scales
@@ -62,15 +62,47 @@ def calibrate(
     topology = find_topology(model, [short, *rows])
     names = [name for group in topology.groups for name in group.readers]
     linears = {name: smoothed_linear(model, name) for name in names}
-    unsampled, sampled = set_apart(rows)
-    tokens = sum(row["input_ids"].numel() for row in rows)
     readers = {group.key: linears[group.key] for group in topology.groups} if hessians else {}
     if hessian_bytes(readers.values()) > MOST_HESSIAN_BYTES:
         readers = {}
+    seen = _observe(model, rows, linears, readers)
+    stats = ActStats(
+        linears=seen.linears,
+        groups=topology.groups,
+        float_reasons=topology.float_reasons,
+        example=example,
+        texts=sum(row["input_ids"].shape[0] for row in rows),
+        tokens=_tokens(rows),
+        source={**(source or {}), "dtype": str(seen.dtype).removeprefix("torch.")},
+        seconds=time.perf_counter() - start,
+        unsampled=seen.unsampled,
+        hessians=seen.hessians,
+    )
+    return add_samples(model, stats, rows) if samples else stats
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the pass has seen: see `ActStats`, and the dtype that Linears multiplied in."""
+
+    linears: Mapping[str, LinearStats]
+    unsampled: Mapping[str, LinearStats]
+    hessians: Mapping[str, Tensor]
+    dtype: torch.dtype
+
+
+def _observe(
+    model: nn.Module,
+    rows: Sequence[Batch],
+    linears: Mapping[str, nn.Linear],
+    readers: Mapping[str, nn.Linear],
+) -> _Seen:
+    """Run all texts, those that will be sampled last; `readers` are those to take Hessians of."""
+    unsampled, sampled = set_apart(rows)
     with (
-        onednn_linears(linears.values(), calibration_dtype()),
+        onednn_linears(linears.values(), calibration_dtype()) as dtype,
         record_stats(linears) as recorder,
-        record_hessians(readers, tokens) as recorders,
+        record_hessians(readers, _tokens(rows)) as recorders,
         torch.no_grad(),
     ):
         for batch in _bar(unsampled, "calibrate"):
@@ -78,19 +110,12 @@ def calibrate(
         without_sampled = recorder.so_far()
         for batch in sampled:
             run_body(model, batch)
-    stats = ActStats(
-        linears=recorder.finish(),
-        groups=topology.groups,
-        float_reasons=topology.float_reasons,
-        example=example,
-        texts=sum(row["input_ids"].shape[0] for row in rows),
-        tokens=tokens,
-        source=dict(source or {}),
-        seconds=time.perf_counter() - start,
-        unsampled=without_sampled,
-        hessians={key: item.finish() for key, item in recorders.items()},
-    )
-    return add_samples(model, stats, rows) if samples else stats
+    hessians = {key: item.finish() for key, item in recorders.items()}
+    return _Seen(recorder.finish(), without_sampled, hessians, dtype)
+
+
+def _tokens(rows: Sequence[Batch]) -> int:
+    return sum(row["input_ids"].numel() for row in rows)
 
 
 def stats_from_scales(model: nn.Module, scales: Scales, tokenizer: Any) -> ActStats:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ipex_sq.system import has_bf16_instructions
 
-MOST_BYTES = 2 * 2**30
-"""Of fp32 weights that are copied into oneDNN's layout; a larger model keeps torch's BLAS."""
+MOST_BYTES = 4 * 2**30
+"""Of weights copied into oneDNN's layout; a larger model keeps torch's BLAS, in fp32."""
 
 EXPECTED_ROWS = 256
 """oneDNN chooses the layout for this many rows; others run too."""
@@ -26,7 +26,7 @@ def calibration_dtype() -> torch.dtype:
 @contextmanager
 def onednn_linears(
     linears: Iterable[nn.Module], dtype: torch.dtype = torch.float32
-) -> Iterator[None]:
+) -> Iterator[torch.dtype]:
     """Inside the block these Linears multiply with oneDNN, without gradients.
 
     In fp32 only the order of sums differs. In bf16 inputs, weights and outputs keep 8 bits, as in
@@ -36,14 +36,17 @@ def onednn_linears(
     Args:
         linears: Modules of other classes or dtypes are left as they are.
         dtype: Of the products: fp32 or bf16.
+
+    Yields:
+        The dtype that they multiply in.
     """
     swapped = [linear for linear in linears if _can_swap(linear)]
-    if sum(linear.weight.nbytes for linear in swapped) > MOST_BYTES:
+    if sum(linear.weight.numel() for linear in swapped) * dtype.itemsize > MOST_BYTES:
         swapped = []
     try:
         for linear in swapped:
             linear.forward = _forward(linear, dtype)  # type: ignore[assignment, method-assign]
-        yield
+        yield dtype if swapped else torch.float32
     finally:
         for linear in swapped:
             linear.__dict__.pop("forward", None)

@@ -129,11 +129,6 @@ def make_plan(
     Raises:
         CalibrationError: A search needs samples, or GPTQ Hessians, and the statistics hold none.
     """
-    if wanted.needs_hessians and not stats.hessians:
-        raise CalibrationError(
-            "GPTQ needs Hessians: calibrate(model, batches, hessians=True), or round weights to "
-            "nearest"
-        )
     inputs = _inputs(stats, weights, wanted)
     if search is None and wanted.needs_samples:
         # A group that costs less than the least saving in one mode cannot gain it in the other.
@@ -142,9 +137,8 @@ def make_plan(
     alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in modes}
     mixed = wanted.activations == MIXED and DYNAMIC_INT8 in modes
     massive = massive_groups(stats.groups, search, alphas) if search and mixed else set()
-    groups, linears = {}, dict[str, LinearPlan]()
-    for name, reason in stats.float_reasons.items():
-        linears[name] = LinearPlan(FLOAT, reason)
+    groups = {}
+    linears = {name: LinearPlan(FLOAT, reason) for name, reason in stats.float_reasons.items()}
     for group in stats.groups:
         mode, reason = _mode(group.key, wanted, massive)
         if mode == FLOAT:
@@ -168,6 +162,14 @@ def make_plan(
         wanted.weights,
         corrects_biases=search is not None,
     )
+
+
+def _check_hessians(stats: ActStats, wanted: Rounding) -> None:
+    if wanted.needs_hessians and not stats.hessians:
+        raise CalibrationError(
+            "GPTQ needs Hessians: calibrate(model, batches, hessians=True), or round weights to "
+            "nearest"
+        )
 
 
 def search_costs(
@@ -208,6 +210,7 @@ def _inputs(
     stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding
 ) -> dict[str, GroupInputs]:
     """What each group's plan is made of; channels are split where alpha is searched."""
+    _check_hessians(stats, wanted)
     found = {}
     for group in stats.groups:
         readers = [weights[name].detach().float() for name in group.readers]

@@ -15,15 +15,20 @@ DECODE_HEADER = (
     "tokens/s", "of the limit", "gemm / attn / elem / other", "setup s", "peak GiB",
 )  # fmt: skip
 
+LAMBADA_HEADER = (
+    "model", "backend", "last word", "SE", "batch ms", "90 % spread", "vs fp32", "vs best bf16",
+    "documents/s", "of the limit", "gemm / attn / elem / other", "setup s", "peak GiB",
+)  # fmt: skip
+
 
 def latency_report(result: dict[str, Any]) -> str:
     """Render the JSON document of a benchmark as text."""
     rows = result["results"]
     timed = [row for row in rows if not row["reason"]]
-    decode = any("tpot_ms" in row for row in timed)
+    headers = {"decode": DECODE_HEADER, "lambada": LAMBADA_HEADER}
     lines = [*_title(result), ""]
-    header = DECODE_HEADER if decode else HEADER
-    lines.append(format_table(header, [_cells(row, decode=decode) for row in timed]))
+    header = headers.get(result["config"]["workload"], HEADER)
+    lines.append(format_table(header, [_cells(row) for row in timed]))
     lines += [
         f"{row['label']} {row['backend']}: no figures: {row['reason']}"
         for row in rows
@@ -41,6 +46,8 @@ def _title(result: dict[str, Any]) -> list[str]:
         what += ", padded"
     if row["workload"] == "decode":
         what += f", {config['new_tokens']} new ones"
+    elif row["workload"] == "lambada":
+        what = f"{result['rows']} documents of {result['dataset']}, {row['batch']} a batch"
     elif row["workload"] == "prefill":
         what += f", {config['logits']} logits"
     instances = f"{row['instances']} instance(s) x {row['cores']} core(s)"
@@ -50,10 +57,14 @@ def _title(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _cells(row: dict[str, Any], *, decode: bool) -> tuple[str, ...]:
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     times = (f"{row['p50_ms']:.0f}", f"{row['p90_ms']:.0f}", f"{row['min_ms']:.0f}")
-    if decode:
+    rate = row["tokens_per_s"]
+    if "tpot_ms" in row:
         times = (f"{row['ttft_ms']:.1f}", f"{row['tpot_ms']:.1f}", f"{row['p50_ms']:.0f}")
+    if "docs_per_s" in row:
+        accuracy = (f"{row['accuracy']:.2%}", f"{row['accuracy_stderr']:.2%}")
+        times, rate = (*accuracy, f"{row['p50_ms']:.0f}"), row["docs_per_s"]
     return (
         row["label"],
         row["backend"],
@@ -61,7 +72,7 @@ def _cells(row: dict[str, Any], *, decode: bool) -> tuple[str, ...]:
         f"{row['p05_ms']:.0f}-{row['p95_ms']:.0f}",
         _ratio(row["speedup_vs_fp32"]),
         _ratio(row["speedup_vs_bf16"]),
-        f"{row['tokens_per_s']:.0f}",
+        f"{rate:.1f}",
         f"{row['limit_share']:.0%}",
         " / ".join(f"{100 * share:.0f}" for share in row["breakdown"].values()) or "-",
         f"{row['setup_s']:.1f}",

@@ -239,6 +239,24 @@ def test_benchmark_prints_every_precision(folder, capsys):
     assert all(value > 0 for value in result["limits"].values())
 
 
+def test_benchmark_scores_as_eval_lambada_does(folder, capsys):
+    """Every document for the accuracy, though only some are timed."""
+    texts = ["--dataset", str(folder / "evaluate.jsonl"), "--calib_samples", "3"]
+    texts += ["--calib_dataset", str(folder / "calibrate.jsonl")]
+    flags = ["--int8", "--sq", "--backend", "native"]
+    result, rows = _benchmark(folder, capsys, "--workload", "lambada", *texts, *flags)
+    assert result["rows"] == 3
+    model = ["--model_name_or_path", str(folder / "model"), "--batch_size", "2"]
+    assert run(eval_lambada.command, [*model, *texts, *flags]) == 0
+    (scored,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert rows[-1]["perplexity"] == pytest.approx(scored["perplexity"], rel=1e-6)
+    assert rows[-1]["accuracy"] == scored["last_word_accuracy"]
+    for row in rows:
+        assert row["docs_per_s"] == pytest.approx(1.5 * row["batches_per_s"])  # 3 in 2 batches
+        assert row["tokens_per_s"] > row["docs_per_s"]
+        assert 0.0 < row["limit_share"] < 1.0
+
+
 def test_benchmark_decodes_in_pinned_instances(folder, capsys):
     instances = min(2, len(os.sched_getaffinity(0)))
     backend = "ipex,native" if "ipex" in INT8_BACKENDS else "native"
@@ -265,6 +283,9 @@ def test_benchmark_decodes_in_pinned_instances(folder, capsys):
         (["--num_instances", "9999"], "do not fit"),
         (["--workload", "chat"], "invalid choice"),
         (["--new_tokens", "1"], "at least 2"),
+        (["--limit", "4"], "--workload lambada"),
+        (["--workload", "lambada", "--random_weights", "bert-base"], "its own weights"),
+        (["--workload", "lambada", "--dataset", "nothing.jsonl"], "nothing.jsonl"),
     ],
 )
 def test_benchmark_refuses_before_the_work(folder, capsys, flags, message):

@@ -28,13 +28,28 @@ def test_the_product_is_the_same(shape, bias):
     assert "forward" not in linear.__dict__
 
 
+def test_bf16_products_keep_eight_bits():
+    linear, x = nn.Linear(48, 80), torch.randn(7, 48)
+    with torch.no_grad():
+        wanted = linear(x)
+        with onednn_linears([linear], torch.bfloat16) as dtype:
+            got = linear(x)
+    assert dtype == torch.bfloat16
+    assert got.dtype == torch.float32
+    assert not torch.equal(got, wanted)
+    # Inputs, weights and outputs are each off by 2^-9 of their own size at most.
+    bound = 2**-8 * (x.abs() @ linear.weight.abs().T + linear.bias.abs()) + 2**-8 * wanted.abs()
+    assert bool(((got - wanted).abs() <= bound).all())
+
+
 def test_other_modules_and_large_models_are_left_alone(monkeypatch):
     modules = [_Odd(4, 4), nn.Linear(4, 4).double(), nn.LayerNorm(4)]
     with onednn_linears(modules):
         assert not any("forward" in module.__dict__ for module in modules)
     monkeypatch.setattr(onednn, "MOST_BYTES", 10)
     linear = nn.Linear(4, 4)
-    with onednn_linears([linear]):
+    with onednn_linears([linear], torch.bfloat16) as dtype:
+        assert dtype == torch.float32
         assert "forward" not in linear.__dict__
 
 

@@ -33,7 +33,8 @@ def test_every_bit_survives(written):
     for name, item in stats.linears.items():
         assert torch.equal(scales.linears[name].minimum, item.minimum)
         assert torch.equal(scales.linears[name].maximum, item.maximum)
-    assert scales.source == {"dataset": "test"}
+    assert scales.source == stats.source
+    assert scales.source["dataset"] == "test"
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.5, 0.8])

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import nn
+
+from ipex_sq.recipe import gptq
+from ipex_sq.recipe.gptq import gptq_weight, record_hessians, smoothed_hessian
+from ipex_sq.recipe.qparams import quantize_weight, weight_scale
+from ipex_sq.recipe.splitting import append_copies
+
+
+def _inputs(channels, tokens=400, seed=0):
+    """Channels that depend on each other and differ in size, as in a network."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator)
+    size = torch.rand(channels, generator=generator) * 10 + 0.1
+    return torch.randn(tokens, channels, generator=generator) @ mixing * size
+
+
+def _weight(channels, outputs=24, seed=1):
+    return torch.randn(outputs, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def _output_error(x, weight, levels, steps):
+    return float((x @ (levels.float() * steps[:, None] - weight).T).pow(2).sum())
+
+
+@pytest.mark.parametrize("channels", [1, 3, 48, 150])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_output_errors_are_smaller_than_rounded_to_nearest(channels, seed):
+    x, weight = _inputs(channels, seed=seed), _weight(channels, seed=seed + 1)
+    steps = weight_scale(weight)
+    nearest = _output_error(x, weight, quantize_weight(weight, steps), steps)
+    levels = gptq_weight(weight, steps, x.T @ x)
+    assert levels.dtype == torch.int8
+    assert int(levels.abs().max()) <= 127
+    assert _output_error(x, weight, levels, steps) <= (0.8 if channels > 3 else 1.0) * nearest
+
+
+def test_it_is_the_algorithm_of_the_paper(monkeypatch):
+    """Written there with the inverse Hessian and errors pushed on, here pulled from H itself."""
+    monkeypatch.setattr(gptq, "TOGETHER", 1)
+    x, weight = _inputs(40).double(), _weight(40).double()
+    steps = weight_scale(weight).double()
+    hessian = x.T @ x
+    order = hessian.diagonal().argsort(descending=True)
+    damped = hessian + gptq.DAMPING * hessian.diagonal().mean() * torch.eye(40).double()
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
+    left, wanted = weight[:, order].clone(), torch.empty(24, 40).double()
+    for channel in range(40):
+        wanted[:, channel] = (left[:, channel] / steps).round().clamp(-127, 127)
+        error = (left[:, channel] - wanted[:, channel] * steps) / upper[channel, channel]
+        left[:, channel:] -= error[:, None] * upper[channel, channel:]
+    levels = gptq_weight(weight.float(), steps.float(), hessian.float())
+    same = (levels.double() == wanted[:, order.argsort()]).double().mean()
+    assert same > 0.99  # ties apart
+
+
+def test_independent_channels_are_rounded_to_nearest():
+    weight = _weight(70)
+    steps = weight_scale(weight)
+    for size in (torch.rand(70) + 0.1, torch.zeros(70)):  # zero: an expert that no token reached
+        assert torch.equal(
+            gptq_weight(weight, steps, torch.diag(size)), quantize_weight(weight, steps)
+        )
+
+
+def _recorded(batches, channels):
+    linear = nn.Linear(channels, 4)
+    with record_hessians({"a": linear}, sum(map(len, batches))) as recorders, torch.no_grad():
+        for x in batches:
+            linear(x)
+    return recorders["a"].finish()
+
+
+def test_the_hessian_is_the_sum_over_tokens(monkeypatch):
+    x = _inputs(32, tokens=100)
+    monkeypatch.setattr(gptq, "ROWS_PER_CHANNEL", 100)
+    monkeypatch.setattr(gptq, "MOST_WAITING", 30)  # several products
+    found, wanted = _recorded(list(x.split(20)), 32), x.T @ x
+    size = wanted.diagonal().sqrt()
+    # Rounding a channel to 254 levels of its range: a hundredth of its size at most.
+    assert float(((found - wanted) / size / size[:, None]).abs().max()) < 0.01
+
+
+def test_every_nth_token_is_taken_however_they_are_batched():
+    x = _inputs(8, tokens=97)
+    whole = _recorded([x], 8)
+    parts = _recorded([x[:50], x[50:53], x[53:]], 8)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-3)
+    assert float(whole.trace()) < 0.5 * float(x.pow(2).sum())
+
+
+def test_smoothing_the_hessian_is_smoothing_the_inputs():
+    x, scale, channels = _inputs(16), torch.rand(16) + 0.5, torch.tensor([3, 3, 7])
+    smoothed = append_copies(x / scale, channels)
+    found = smoothed_hessian(x.T @ x, scale, channels)
+    torch.testing.assert_close(found, smoothed.T @ smoothed, rtol=1e-4, atol=1.0)
+    assert torch.equal(smoothed_hessian(x.T @ x, None, None), x.T @ x)
