@@ -19,7 +19,8 @@ BACKENDS = ("ipex", "native", "inc", "reference")
 OBSERVERS = ("minmax", "percentile", "mse", "kl")
 STATIC, DYNAMIC, MIXED = "static", "dynamic", "mixed"
 ACTIVATIONS = (STATIC, DYNAMIC, MIXED)
-WEIGHT_ROUNDINGS = ("nearest", "gptq")
+NEAREST, GPTQ = "nearest", "gptq"
+WEIGHT_ROUNDINGS = (NEAREST, GPTQ)
 PRECISIONS = ("fp32", "bf16")
 RANDOM_SHAPES = ("bert-base", "bert-large", "bloom-560m", "opt-125m")
 

@@ -81,9 +81,33 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
+_AMX = {"amx_tile", "amx_int8", "amx_bf16"}
+_BF16 = _AMX | {"avx512_bf16"}
+_AVX512 = _BF16 | {"avx512_vnni", "avx512bw"}
+_NOT_USED = {
+    "AVX512_CORE_FP16": _AMX,
+    "AVX10_1_512": _AMX,
+    "AVX512_CORE_BF16": _AMX,
+    "AVX512_CORE_VNNI": _BF16,
+    "AVX512_CORE": _BF16 | {"avx512_vnni", "avx_vnni"},
+    "AVX2_VNNI_2": _AVX512,
+    "AVX2_VNNI": _AVX512,
+    "AVX2": _AVX512 | {"avx_vnni"},
+    "AVX": _AVX512 | {"avx_vnni"},
+    "SSE41": _AVX512 | {"avx_vnni"},
+}
+"""Flags that oneDNN leaves alone for each value of ONEDNN_MAX_CPU_ISA."""
+
+
+def usable_flags() -> frozenset[str]:
+    """Flags of the CPU that oneDNN may use: the user may have taken some away."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
+    return cpu_flags() - _NOT_USED.get(most.upper(), frozenset())
+
+
 def int8_isa() -> str:
-    """Widest int8 instruction set that this CPU offers to oneDNN."""
-    flags = cpu_flags()
+    """Widest int8 instruction set that oneDNN may use on this CPU."""
+    flags = usable_flags()
     if {"amx_tile", "amx_int8"} <= flags:
         return "AMX"
     if "avx512_vnni" in flags:
@@ -94,8 +118,8 @@ def int8_isa() -> str:
 
 
 def has_bf16_instructions() -> bool:
-    """True where the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
-    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+    """True where oneDNN may multiply bf16 in hardware (AVX512-BF16 or AMX)."""
+    return bool({"avx512_bf16", "amx_bf16"} & usable_flags())
 
 
 def package_versions() -> dict[str, str]:

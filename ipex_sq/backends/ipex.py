@@ -26,7 +26,7 @@ from ipex_sq.models.body import BodyForTracing, ReplacedBody, replace_body
 from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.recipe.plan import LinearPlan, QuantPlan
 from ipex_sq.recipe.splitting import append_copies
-from ipex_sq.system import cpu_flags, int8_isa
+from ipex_sq.system import int8_isa, usable_flags
 
 PACKAGE = "intel_extension_for_pytorch"
 IPEX_VERSION = "2.8"
@@ -85,7 +85,7 @@ class IpexBackend(Backend):
         transformers = installed_version("transformers") or "0.0"
         if tuple(int(part) for part in transformers.split(".")[:2]) >= TRANSFORMERS_BELOW:
             reasons.append(f"transformers {transformers}: IPEX works up to 4.52")
-        if "avx512_vnni" not in cpu_flags() and "avx_vnni" not in cpu_flags():
+        if not {"avx512_vnni", "avx_vnni"} & usable_flags():
             reasons.append(f"the CPU has {int8_isa()} only")
         return reasons
 

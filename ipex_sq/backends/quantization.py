@@ -13,13 +13,13 @@ from torch import nn
 from ipex_sq.backends.base import Backend
 from ipex_sq.backends.inc import DEFAULT_ALPHA, IncBackend
 from ipex_sq.backends.registry import Choice, choose_backend
-from ipex_sq.config import MIXED, STATIC, QuantConfig
+from ipex_sq.config import GPTQ, MIXED, NEAREST, STATIC, QuantConfig
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.calibration import calibrate, clipped_ranges
 from ipex_sq.models.folding import apply_smoothing
 from ipex_sq.models.rounding import round_weights
 from ipex_sq.recipe.batching import Batch
-from ipex_sq.recipe.plan import GPTQ, NEAREST, QuantPlan
+from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.planning import ActStats, Rounding, make_plan
 
 

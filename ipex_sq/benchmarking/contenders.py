@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,9 +15,11 @@ from ipex_sq.backends.registry import choose_backend
 from ipex_sq.benchmarking import openvino_peer
 from ipex_sq.benchmarking.limits import Work, work_of
 from ipex_sq.benchmarking.subjects import Subject
+from ipex_sq.checkpoint.folders import read_manifest
 from ipex_sq.checkpoint.saving import load
 from ipex_sq.config import AUTO, QuantConfig
 from ipex_sq.errors import ConfigError
+from ipex_sq.models.loading import load_tokenizer, skeleton
 
 EAGER, COMPILED = "eager", "compiled"
 
@@ -104,14 +107,14 @@ class Prepared:
 
 def prepare(contender: Contender, subject: Subject) -> Prepared:
     """Load the model and put it into the form that is timed."""
+    if contender.checkpoint is not None:
+        return _from_checkpoint(contender, Path(contender.checkpoint))
     loaded = subject.load()
     model, batches = loaded.model, loaded.batches
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     work = work_of(model, contender.precision, contender.float_precision)
     if contender.backend == openvino_peer.NAME:
         model = openvino_peer.openvino_int8(model, batches)
-    elif contender.checkpoint is not None:
-        model = load(contender.checkpoint)
     elif contender.quant is not None:
         model = quantize_model(model, batches, contender.quant).model
     elif contender.backend == COMPILED:
@@ -119,3 +122,14 @@ def prepare(contender: Contender, subject: Subject) -> Prepared:
     else:
         model = Backend.optimize_float(NativeBackend(), model, contender.precision, {})
     return Prepared(model, vocabulary, loaded.tokenizer, work)
+
+
+def _from_checkpoint(contender: Contender, folder: Path) -> Prepared:
+    """As a server starts: no float model, no calibration."""
+    manifest = read_manifest(folder)
+    model = load(folder)
+    # Its Linears are counted in the model without weights: a traced one cannot be looked into.
+    float_model = skeleton(folder, manifest["attention"], manifest["task"])
+    work = work_of(float_model, contender.precision, manifest["dtype"])
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    return Prepared(model, vocabulary, load_tokenizer(str(folder)), work)

@@ -43,7 +43,8 @@ def parser() -> Parser:
     flags.add_config(ModelConfig)
     flags.add_flag(
         "model_path",
-        help="a sequence classifier instead: an int8 folder of `quantize`, or a float one",
+        help="an int8 folder of eval_lambada.py or `quantize`, beside the float model that it was "
+        "made from; or a float sequence classifier",
     )
     flags.add_flag(
         "random_weights",
@@ -124,7 +125,9 @@ def command(arguments: Sequence[str]) -> None:
 def _subject(flags: argparse.Namespace) -> tuple[Any, Path | None]:
     """The float model to time, and the int8 folder that was made of it, or None."""
     from ipex_sq.benchmarking.subjects import CLASSIFIER, RANDOM, Subject
-    from ipex_sq.evaluation.reviews import check_task, is_checkpoint
+    from ipex_sq.checkpoint.folders import read_manifest
+    from ipex_sq.evaluation.reviews import is_checkpoint
+    from ipex_sq.models.loading import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
     if flags.model_path and flags.random_weights:
         raise ConfigError("--model_path and --random_weights name two models: pass one")
@@ -139,8 +142,15 @@ def _subject(flags: argparse.Namespace) -> tuple[Any, Path | None]:
     if flags.int8:
         raise ConfigError("--int8 quantizes a float model: --model_path is an int8 folder already")
     folder = Path(flags.model_path)
-    source = str(check_task(folder)["made_from"].get("model", ""))
-    return Subject(source, CLASSIFIER), folder
+    manifest = read_manifest(folder)
+    source = manifest["made_from"].get("model")
+    if not source:
+        raise ConfigError(
+            f"{folder} does not say which float model it was made from, and that is the baseline: "
+            "save it again with eval_lambada.py --output_dir or `quantize`"
+        )
+    kind = CLASSIFIER if manifest["task"] == SEQUENCE_CLASSIFICATION else CAUSAL_LM
+    return Subject(str(source), kind), folder
 
 
 def _texts(flags: argparse.Namespace, subject: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ipex_sq.cli.flags import Parser, build
-from ipex_sq.cli.running import check_output, show
+from ipex_sq.cli.running import check_output, findable, show
 from ipex_sq.config import (
     DataConfig,
     EvaluationConfig,
@@ -113,7 +113,13 @@ def command(arguments: Sequence[str]) -> None:
             from ipex_sq.checkpoint.saving import save
 
             assert outcome.model is not None  # noqa: S101
-            outcome.row["saved_to"] = str(save(outcome.model, folder, outcome.tokenizer))
+            made_from = {
+                "model": findable(model.model_name_or_path),
+                "smoothing_change": outcome.row["smoothing_change"],
+                "undone_folds": outcome.row["undone_folds"],
+            }
+            saved = save(outcome.model, folder, outcome.tokenizer, made_from=made_from)
+            outcome.row["saved_to"] = str(saved)
         outcome.model = None  # one model in memory at a time
         outcomes.append(outcome)
         if outcomes[0].row["precision"] == "fp32":
@@ -134,7 +140,7 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.kl:
         flags.observer = "kl"
     if not (flags.int8 or flags.compare):
-        for name in ("observer", "percentile", "activations", "max_drop"):
+        for name in ("observer", "percentile", "activations", "weight_rounding", "max_drop"):
             if getattr(flags, name) != getattr(QuantConfig, name):
                 flag = "kl" if flags.kl and name == "observer" else name
                 raise ConfigError(f"--{flag} belongs to INT8: add --int8")

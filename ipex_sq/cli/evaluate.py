@@ -106,7 +106,7 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.baseline is not None and not is_checkpoint(flags.model_path):
         raise ConfigError("--baseline goes with an int8 folder of `quantize`")
     if not flags.compare:
-        for name in ("observer", "percentile", "activations", "alpha"):
+        for name in ("observer", "percentile", "activations", "weight_rounding", "alpha"):
             default = None if name == "alpha" else getattr(QuantConfig, name)
             if getattr(flags, name) != default:
                 raise ConfigError(f"--{name} belongs to quantization: use `quantize`, or --compare")

@@ -9,8 +9,8 @@ from typing import Any
 
 from ipex_sq.cli.eval_lambada import add_alpha
 from ipex_sq.cli.flags import Parser, build
-from ipex_sq.cli.running import check_output, show
-from ipex_sq.config import EMBEDDED, OutputConfig, QuantConfig
+from ipex_sq.cli.running import check_output, findable, show
+from ipex_sq.config import EMBEDDED, GPTQ, OutputConfig, QuantConfig
 from ipex_sq.errors import CheckpointError, ConfigError
 from ipex_sq.review_config import ReviewConfig
 
@@ -78,7 +78,7 @@ def command(arguments: Sequence[str]) -> None:
     statistics, source = _statistics(flags, classifier, data)
     quantized = quantize_model(classifier.model, statistics, config, source=source)
     made_from = {
-        "model": _findable(flags.model),
+        "model": findable(flags.model),
         "trained_head": classifier.trained_head,
         "smoothing_change": quantized.smoothing_change,
         "undone_folds": dict(quantized.undone_folds),
@@ -125,6 +125,8 @@ def _config(flags: argparse.Namespace) -> QuantConfig:
         raise ConfigError(
             f"--alpha {alpha} is searched on texts: leave --act_scales_path out, or pass a number"
         )
+    if flags.act_scales_path is not None and config.weight_rounding == GPTQ:
+        raise ConfigError("GPTQ needs texts: leave --act_scales_path out, or round to nearest")
     return config
 
 
@@ -144,8 +146,3 @@ def _statistics(flags: argparse.Namespace, classifier: Any, data: ReviewConfig) 
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     scales = scales_from_json(content, str(path))
     return stats_from_scales(classifier.model, scales, classifier.tokenizer), None
-
-
-def _findable(name_or_path: str) -> str:
-    """A local folder by its whole path, so that `evaluate` finds it from anywhere."""
-    return str(Path(name_or_path).resolve()) if Path(name_or_path).exists() else name_or_path

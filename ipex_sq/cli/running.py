@@ -84,3 +84,8 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(scratch.name, path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def findable(name_or_path: str) -> str:
+    """A local folder by its whole path, so that it is found from anywhere; other names as given."""
+    return str(Path(name_or_path).resolve()) if Path(name_or_path).exists() else name_or_path

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipex_sq.config import NEAREST
 from ipex_sq.recipe.qparams import ActivationQParams, activation_qparams
 from ipex_sq.recipe.splitting import append_copies
 
@@ -20,7 +21,6 @@ STATIC_INT8 = "static_int8"
 DYNAMIC_INT8 = "dynamic_int8"
 FLOAT = "float"
 FOLD, PRESCALE, UNSMOOTHED = "fold", "prescale", "none"
-NEAREST, GPTQ = "nearest", "gptq"
 
 
 @dataclass(frozen=True)

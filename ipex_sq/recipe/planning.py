@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ipex_sq.config import AUTO, AUTO_GLOBAL, DYNAMIC, MIXED, STATIC
+from ipex_sq.config import AUTO, AUTO_GLOBAL, DYNAMIC, GPTQ, MIXED, NEAREST, STATIC
 from ipex_sq.errors import CalibrationError
 from ipex_sq.recipe.alpha import ALPHA_GRID, AlphaSearch, GroupInputs, search_alpha
 from ipex_sq.recipe.mixing import LEAST_SAVING, MASSIVE, massive_groups
@@ -18,8 +18,6 @@ from ipex_sq.recipe.plan import (
     DYNAMIC_INT8,
     FLOAT,
     FOLD,
-    GPTQ,
-    NEAREST,
     PRESCALE,
     STATIC_INT8,
     GroupPlan,

@@ -124,6 +124,10 @@ def test_other_bad_input(place, scales, tmp_path, capsys):
     ):
         assert message in fails(capsys, flags, evaluate.command)
     for flags, message in (
+        (
+            ["--model", model, "--weight_rounding", "gptq", "--act_scales_path", str(scales)],
+            "texts",
+        ),
         (["--model", model, "--alpha", "auto", "--act_scales_path", str(scales)], "pass a number"),
         (["--model", model, "--no_sq", "--alpha", "0.5"], "leave --no_sq out"),
         (["--model", model, "--act_scales_path", str(tmp_path / "no.json")], "cannot be read"),

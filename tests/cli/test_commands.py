@@ -58,6 +58,7 @@ BAD_FLAGS = [
     (["--sq"], "add --int8"),
     (["--int8", "--alpha", "0.5"], "add --int8 --sq"),
     (["--kl"], "add --int8"),
+    (["--weight_rounding", "gptq"], "add --int8"),
     (["--activations", "dynamic"], "--activations belongs to INT8"),
     (["--int8", "--percentile", "99"], "belongs to --observer percentile"),
     (["--int8", "--max_drop", "1.02x", "--kl"], "goes with --observer minmax"),
@@ -255,6 +256,25 @@ def test_benchmark_scores_as_eval_lambada_does(folder, capsys):
         assert row["docs_per_s"] == pytest.approx(1.5 * row["batches_per_s"])  # 3 in 2 batches
         assert row["tokens_per_s"] > row["docs_per_s"]
         assert 0.0 < row["limit_share"] < 1.0
+
+
+def test_benchmark_times_a_saved_model(folder, tmp_path, capsys):
+    """Made ready without its float model, and the same numbers come out."""
+    saved = tmp_path / "int8"
+    flags = [*base_flags(folder), "--int8", "--sq", "--backend", "native"]
+    assert run(eval_lambada.command, [*flags, "--output_dir", str(saved)]) == 0
+    (scored,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    texts = ["--workload", "lambada", "--dataset", str(folder / "evaluate.jsonl")]
+    texts += ["--calib_dataset", str(folder / "calibrate.jsonl"), "--calib_samples", "3"]
+    _, rows = _benchmark(folder, capsys, *texts, "--model_path", str(saved))
+    assert [(row["label"], row["backend"]) for row in rows] == [
+        ("fp32", "eager"),
+        ("bf16", "eager"),
+        ("bf16", "compiled"),
+        ("int8+sq", "native"),
+    ]
+    assert rows[-1]["perplexity"] == pytest.approx(scored["perplexity"], rel=1e-6)
+    assert 0.0 < rows[-1]["limit_share"] < 1.0
 
 
 def test_benchmark_decodes_in_pinned_instances(folder, capsys):

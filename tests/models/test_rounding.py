@@ -7,14 +7,13 @@ from conftest import logits_of
 
 from ipex_sq.backends.quantization import plan, quantize_model
 from ipex_sq.backends.reference import ReferenceBackend
-from ipex_sq.config import QuantConfig
+from ipex_sq.config import GPTQ, NEAREST, QuantConfig
 from ipex_sq.errors import CalibrationError, ConfigError
 from ipex_sq.models import calibration
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing, smoothed_linear
 from ipex_sq.models.rounding import round_weights
 from ipex_sq.models.tiny import tiny_model
-from ipex_sq.recipe.plan import GPTQ, NEAREST
 
 SEARCHED = QuantConfig(backend="reference")
 STATIC = QuantConfig(activations="static", backend="reference")
