@@ -87,7 +87,8 @@ class GroupPlan:
         scale: `[in_features]` smoothing scale s, or None.
         channels: `[copies]`, the channels of which copies are made at run time, or None.
         expected_kl: What int8 in this group is expected to cost, in nats of KL divergence per
-            prediction; None where alpha was given and nothing was searched.
+            prediction, with weights rounded to nearest (GPTQ costs less); None where alpha was
+            given and nothing was searched.
     """
 
     group: SmoothGroup

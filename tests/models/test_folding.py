@@ -8,14 +8,16 @@ from torch import nn
 from ipex_sq.backends.quantization import plan, quantize_model
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CalibrationError, NumericalCheckError
-from ipex_sq.models import folding
+from ipex_sq.models import calibration, folding
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing, fold_form, fold_scale
 from ipex_sq.models.tiny import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_plan_from_statistics_is_the_plan_of_the_smoothed_model(family, batches):
+def test_a_plan_from_statistics_is_the_plan_of_the_smoothed_model(family, batches, monkeypatch):
+    """Exactly so where calibration multiplies in fp32, as the smoothed model does here."""
+    monkeypatch.setattr(calibration, "calibration_dtype", lambda: torch.float32)
     model = tiny_model(family)
     decided = plan(model, calibrate(model, batches), QuantConfig(alpha=0.7))
     apply_smoothing(model, decided, batches[0])
