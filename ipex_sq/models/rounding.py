@@ -51,7 +51,7 @@ def _round_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, stats: ActS
     linears = [smoothed_linear(model, name) for name in readers]
     weight = torch.cat([linear.weight.float() for linear in linears])
     steps = torch.cat([_steps(plan.linears[name]) for name in readers])
-    if plan.weight_rounding == GPTQ and key in stats.hessians:
+    if plan.weight_rounding == GPTQ:
         hessian = smoothed_hessian(stats.hessians[key], item.scale, item.channels)
         levels = gptq_weight(weight, steps, hessian)
     else:
