@@ -1,12 +1,13 @@
 """torch.compile, one graph for all decoder layers.
 
 Compiling a whole model costs minutes; its layers are alike, so one compiled layer serves them all
-in seconds. A call with a key-value cache runs as written: the cache's Python would be compiled
-anew for every layer.
+in seconds. With a key-value cache the prompt runs as written, so that the first token comes at
+once, and every further token through a compiled layer that gets its part of the cache as tensors.
 """
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,15 @@ import torch
 from torch import nn
 
 from ipex_sq.backends.attention import inductor
+from ipex_sq.backends.row_kernels import RowLinear
+from ipex_sq.models.caching import (
+    KeysAndValues,
+    LayerCache,
+    is_cache,
+    layer_index,
+    past_of,
+    with_cache,
+)
 
 KINDS = 256
 """Forms of one layer (model, precision, recipe, grad mode) that a process may compile.
@@ -38,22 +48,72 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_layers(model: nn.Module) -> nn.Module:
-    """Compile every repeated layer of `model` in place, for any batch size and length."""
+    """Compile every repeated layer of `model` in place, for any batch size and length.
+
+    The head of a language model gets a faster product for one row.
+    """
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * KINDS)
     for layer in find_layers(model):
-        layer.forward = _CompiledForward(layer.forward)  # type: ignore[assignment, method-assign]
+        layer.forward = _CompiledForward(layer)  # type: ignore[assignment, method-assign]
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if isinstance(head, nn.Linear):
+        head.forward = RowLinear(head)  # type: ignore[assignment, method-assign]
     return model
 
 
 class _CompiledForward:
-    """Runs the compiled layer, or the layer as written where a key-value cache is passed."""
+    """Runs the compiled layer; with a key-value cache, compiled steps after a prompt as written."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, layer: nn.Module) -> None:
+        forward: Any = layer.forward
+        self._layer = layer
         self._eager = forward
         self._compiled = torch.compile(forward, dynamic=True, backend=inductor)
+        self._step = torch.compile(_step, dynamic=True, backend=inductor)
+        self._names = tuple(inspect.signature(forward).parameters)
+        self._index = layer_index(layer)
+        self._unprepared: list[Any] = [
+            module for module in layer.modules() if hasattr(module, "keep_row")
+        ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cached = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
-        return self._eager(*args, **kwargs) if cached else self._compiled(*args, **kwargs)
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        name = next((name for name, value in named.items() if is_cache(value)), None)
+        if name is None:
+            return self._compiled(*args, **kwargs)
+        past = past_of(named[name], self._index)
+        shape = _hidden_shape(named)
+        if past is None or shape[-2] != 1:
+            return self._eager(*args, **kwargs)
+        if self._unprepared and shape[0] == 1:
+            for module in self._unprepared:
+                module.keep_row()
+            self._unprepared = []
+        cache = named.pop(name)
+        outputs, added = self._step(self._layer, self._eager.__func__, (name, past), named)
+        cache.update(*added, self._index)
+        return with_cache(outputs, cache)
+
+
+def _step(
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    cached: tuple[str, KeysAndValues],
+    arguments: dict[str, Any],
+) -> tuple[Any, KeysAndValues]:
+    """One layer on one more token, and its keys and values of that token.
+
+    The layer is an argument and `forward` its class's: torch.compile makes one graph of it, where
+    it would make one for each bound method.
+    """
+    name, past = cached
+    here = LayerCache(past)
+    return forward(layer, **arguments, **{name: here}), here.added
+
+
+def _hidden_shape(arguments: dict[str, Any]) -> torch.Size:
+    """Of the layer's first tensor, `[batch, tokens, hidden]`."""
+    return next(value.shape for value in arguments.values() if isinstance(value, torch.Tensor))

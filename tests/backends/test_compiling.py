@@ -1,9 +1,15 @@
 """Layers stay compiled, however many kinds of them a process has met."""
 
+import pytest
 import torch
+import transformers
 from torch import nn
 
-from ipex_sq.backends.compiling import compile_layers
+from ipex_sq import QuantConfig, quantize
+from ipex_sq.backends.compiling import compile_layers, find_layers
+from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.models.running import run_model
+from ipex_sq.models.tiny import tiny_model
 
 KINDS = 12
 """More than torch.compile's own limit per function, 8, after which it silently stops compiling."""
@@ -28,3 +34,48 @@ def test_the_ninth_kind_of_layer_is_compiled_as_the_first():
         compile_layers(model)
         with torch.inference_mode():
             assert bool((model[0][0](x) == 2 * (kind + 1)).all())
+
+
+GENERATION = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+
+
+def _generate(model, prompt, **options):
+    mask = torch.ones_like(prompt)
+    return model.generate(prompt, attention_mask=mask, **GENERATION, **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
+def test_steps_after_a_prompt_share_one_graph_and_say_the_same(family):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    prompt = torch.arange(3, 12)[None]
+    model = tiny_model(family)
+    wanted = _generate(model, prompt)
+    assert len(find_layers(model)) > 1
+    found = _generate(compile_layers(model), prompt)
+    assert torch.equal(found, wanted)
+    if not (family == "gpt2" and transformers.__version__.startswith("4.")):  # a tuple, no cache
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"cache_implementation": "static"}, {"num_beams": 2}, {"use_cache": False}]
+)
+def test_other_ways_to_generate_say_the_same(options):
+    prompt = torch.stack([torch.arange(3, 12), torch.arange(13, 22)])
+    wanted = _generate(tiny_model("llama"), prompt, **options)
+    assert torch.equal(_generate(compile_layers(tiny_model("llama")), prompt, **options), wanted)
+
+
+def test_a_generated_token_runs_the_row_kernel(batches, monkeypatch):
+    called = []
+    kept = Int8Linear.keep_row
+    monkeypatch.setattr(Int8Linear, "keep_row", lambda self: (called.append(self), kept(self))[1])
+    model = quantize(tiny_model("llama"), batches, QuantConfig(backend="native"))
+    run_model(model, batches[0])
+    _generate(model, torch.arange(3, 12)[None].repeat(2, 1))
+    assert not called, "one row is the step of a single text only"
+    _generate(model, torch.arange(3, 12)[None])
+    linears = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    assert set(map(id, called)) == set(map(id, linears))
+    assert all(linear.row_weight is not None for linear in linears)

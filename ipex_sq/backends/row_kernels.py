@@ -1,0 +1,72 @@
+"""Linears of one row, built from C++ once for a machine, when the first text is generated."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("row_kernels.cpp")
+FLAGS = ["-O3", "-march=native", "-fopenmp"]
+
+
+@cache
+def row_kernels_built() -> bool:
+    """Whether `int8_row` and `bf16_row` of `torch.ops.ipex_sq` are there; builds them if not yet.
+
+    Without them single rows go through oneDNN as all others do: the same sums, in more time.
+    """
+    from torch.utils import cpp_extension
+
+    try:
+        import ninja
+
+        # An environment that is run without being activated has ninja, but not on its path.
+        os.environ["PATH"] = os.pathsep.join((str(ninja.BIN_DIR), os.environ.get("PATH", "")))
+        cpp_extension.load(
+            "ipex_sq_row_kernels", [str(SOURCE)], extra_cflags=FLAGS, is_python_module=False
+        )
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().splitlines()[0]
+        logger.warning(
+            "tokens are generated more slowly: row_kernels.cpp does not build: %s", reason
+        )
+        return False
+    torch.library.register_fake("ipex_sq::int8_row", _shape)
+    return True
+
+
+class RowLinear:
+    """The forward of a bf16 Linear, with `bf16_row` for one row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._linear = linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map x `[..., in_features]` to `[..., out_features]`."""
+        weight, bias = self._linear.weight, self._linear.bias
+        bf16 = x.dtype == weight.dtype == torch.bfloat16
+        if bf16 and bias is None and x.shape[:-1].numel() == 1 and row_kernels_built():
+            return torch.ops.ipex_sq.bf16_row(x, weight)
+        return nn.functional.linear(x, weight, bias)
+
+
+def _shape(
+    levels: Tensor,
+    input_scale: Tensor,
+    input_zero_point: Tensor,
+    weight: Tensor,
+    weight_sums: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    del input_scale, input_zero_point, weight_sums, weight_scale, bias
+    return levels.new_empty((*levels.shape[:-1], weight.shape[0]), dtype=dtype)
