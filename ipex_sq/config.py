@@ -22,7 +22,15 @@ ACTIVATIONS = (STATIC, DYNAMIC, MIXED)
 NEAREST, GPTQ = "nearest", "gptq"
 WEIGHT_ROUNDINGS = (NEAREST, GPTQ)
 PRECISIONS = ("fp32", "bf16")
-RANDOM_SHAPES = ("bert-base", "bert-large", "bloom-560m", "opt-125m")
+RANDOM_SHAPES = (
+    "bert-base",
+    "bert-large",
+    "bloom-560m",
+    "bloom-1b7",
+    "llama-1b",
+    "opt-125m",
+    "opt-1.3b",
+)
 
 
 def setting(default: Any, text: str, **flag: Any) -> Any:

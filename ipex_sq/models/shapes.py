@@ -43,7 +43,31 @@ SHAPES: dict[str, Shape] = {
     "bloom-560m": Shape(
         "BloomConfig", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
     ),
+    "bloom-1b7": Shape(
+        "BloomConfig", {"hidden_size": 2048, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
+    ),
+    "llama-1b": Shape(
+        "LlamaConfig",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
     "opt-125m": Shape("OPTConfig", {}),
+    "opt-1.3b": Shape(
+        "OPTConfig",
+        {
+            "hidden_size": 2048,
+            "ffn_dim": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+        },
+    ),
 }
 
 
