@@ -77,11 +77,11 @@ class HessianRecorder:
         """Take in one input `[..., in_features]`."""
         rows = x.detach().reshape(-1, x.shape[-1])
         start, self._passed = -self._passed % self._every, self._passed + len(rows)
-        picked = rows[start :: self._every].float()
+        picked = rows[start :: self._every].float().clone()  # a view would keep the whole input
         if self._at_once:
             self._wait(picked)
-        else:  # a view would keep the whole input
-            self.kept.append((self._before, picked.clone()))
+        else:
+            self.kept.append((self._before, picked))
 
     def finish(self) -> Tensor:
         """`[in_features, in_features]`."""
