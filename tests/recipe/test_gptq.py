@@ -107,10 +107,10 @@ def test_smoothing_the_hessian_is_smoothing_the_inputs():
 
 def test_the_sum_does_not_depend_on_who_saw_which_batch():
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(rows, 64, generator=generator) for rows in (700, 531, 907, 400)]
+    batches = [torch.randn(rows, 512, generator=generator) for rows in (700, 531, 907, 400)]
     tokens = sum(map(len, batches))
-    alone = HessianRecorder(64, tokens)
-    both = [HessianRecorder(64, tokens, at_once=False) for _ in range(2)]
+    alone = HessianRecorder(512, tokens)
+    both = [HessianRecorder(512, tokens, at_once=False) for _ in range(2)]
     before = 0
     for number, batch in enumerate(batches):
         for recorder in (alone, both[number % 2]):
