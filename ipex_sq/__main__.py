@@ -13,6 +13,7 @@ from ipex_sq.cli import (
     families,
     fine_tune,
     generate_scales,
+    import_scales,
     plant_outliers,
     quantize,
     sensitivity,
@@ -29,6 +30,7 @@ COMMANDS = {
     "families": families.command,
     "fine_tune": fine_tune.command,
     "generate_scales": generate_scales.command,
+    "import_scales": import_scales.command,
     "quantize": quantize.command,
     "evaluate": evaluate.command,
 }

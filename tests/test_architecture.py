@@ -22,7 +22,7 @@ LEVELS = [
     {"models", "data"},
     {"recipe"},
     {"review_config", "benchmark_config"},
-    {"config", "system", "hub"},
+    {"config", "system", "hub", "distributed"},
     {"errors"},
 ]
 ONLY_IMPORTER = {

@@ -19,6 +19,7 @@ from ipex_sq.config import (
     parse_alpha,
     setting_help,
 )
+from ipex_sq.distributed import processes, rank
 from ipex_sq.errors import ConfigError
 
 DESCRIPTION = """\
@@ -32,6 +33,7 @@ EXAMPLES = """\
   python eval_lambada.py --compare                                  # all of them in one table
   python eval_lambada.py --model_name_or_path bigscience/bloom-560m --int8 --sq --alpha 0.5
   python eval_lambada.py --int8 --sq --backend native --output_dir  # and save the int8 model
+  torchrun --nproc-per-node 2 eval_lambada.py --int8 --sq           # shared by two processes
   python eval_lambada.py --dataset my.jsonl --calib_dataset other.jsonl --int8
 """
 
@@ -41,7 +43,7 @@ DEFAULT_FOLDER = Path()
 
 def parser() -> Parser:
     """The flags of eval_lambada.py."""
-    flags = Parser(DESCRIPTION, EXAMPLES)
+    flags = Parser(DESCRIPTION, EXAMPLES, shared=True)
     flags.add_config(ModelConfig)
     flags.add_flag("int8", action="store_true", help="quantize to static INT8 (W8A8)")
     flags.add_flag("sq", action="store_true", help="with SmoothQuant (needs --int8)")
@@ -98,8 +100,10 @@ def command(arguments: Sequence[str]) -> None:
     model, data = build(ModelConfig, flags), build(DataConfig, flags)
     evaluation = build(EvaluationConfig, flags)
     runs = _runs(flags)
-    folder = _output_folder(flags, runs)
-    check_output(flags.output)
+    folder = None
+    if rank() == 0:  # it alone writes
+        folder = _output_folder(flags, runs)
+        check_output(flags.output)
 
     from ipex_sq.evaluation.experiment import Experiment, load_texts
     from ipex_sq.evaluation.runs import pair
@@ -199,6 +203,7 @@ def _document(model: str, texts: Any, rows: list[dict[str, Any]]) -> dict[str, A
         "model": model,
         **describe_texts(texts.evaluation, texts.calibration),
         **provenance(),
+        "processes": processes(),
         "results": rows,
     }
 

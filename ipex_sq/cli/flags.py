@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
 from ipex_sq.config import flag_settings
+from ipex_sq.distributed import processes
 from ipex_sq.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -15,13 +16,26 @@ Config = TypeVar("Config")
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `ConfigError` and takes --kebab-case for --snake_case."""
 
-    def __init__(self, description: str, examples: str) -> None:
+    def __init__(self, description: str, examples: str, *, shared: bool = False) -> None:
+        """`shared`: processes of torchrun may share the work of the command."""
+        self._shared = shared
         super().__init__(
             description=description,
             epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_args(self, *arguments: Any, **options: Any) -> Any:
+        """As argparse, for a command that runs alone or shares its work.
+
+        Raises:
+            ConfigError: A flag is wrong, or torchrun started several processes of such a command.
+        """
+        found = super().parse_args(*arguments, **options)
+        if processes() > 1 and not self._shared:
+            raise ConfigError("only eval_lambada shares its work: start this without torchrun")
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage: one clear line is enough."""

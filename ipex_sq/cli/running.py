@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ipex_sq.distributed import joined, rank
 from ipex_sq.errors import ConfigError, IpexSqError
 
 Command = Callable[[Sequence[str]], None]
@@ -22,21 +23,31 @@ USER_ERROR = 2
 def run(command: Command, arguments: Sequence[str] | None = None) -> int:
     """Run a command; an `IpexSqError` becomes one line on stderr and exit code 2."""
     configure_logging()
-    try:
-        command(sys.argv[1:] if arguments is None else arguments)
-    except IpexSqError as error:
-        line = " ".join(str(error).split())
-        sys.stderr.write(f"error: {line}\n")
-        return USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+    with joined() as group:
+        try:
+            command(sys.argv[1:] if arguments is None else arguments)
+        except IpexSqError as error:
+            line = " ".join(str(error).split())
+            if group.fails_first():
+                sys.stderr.write(f"error: {line}\n")
+            return USER_ERROR
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            return 130
     return 0
 
 
 def configure_logging() -> None:
-    """Our lines go to stderr; other libraries speak up only about errors."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    """Our lines go to stderr; other libraries speak up only about errors.
+
+    Of several processes the first alone shows lines and progress.
+    """
+    first = rank() == 0
+    level = logging.INFO if first else logging.ERROR
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s")
+    if not first:  # tqdm is silent where there is no terminal
+        sys.stderr.isatty = lambda: False  # type: ignore[method-assign]
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for chatty in ("httpx", "huggingface_hub", "datasets", "transformers", "torchao"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -47,9 +58,13 @@ def configure_logging() -> None:
 def show(table: str, result: dict[str, Any], output: Path | None) -> None:
     """Print the table and, as the last line, the result as compact JSON; write it to `output`.
 
+    Of several processes the first does.
+
     Raises:
         ConfigError: `output` cannot be written.
     """
+    if rank() != 0:
+        return
     line = json.dumps(result, separators=(",", ":"))
     if output is not None:
         write_atomically(output, line + "\n")

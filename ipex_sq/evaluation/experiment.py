@@ -16,7 +16,7 @@ from ipex_sq.data.calibration import calibration_batches, choose_texts
 from ipex_sq.data.documents import Document, TextSet, check_disjoint
 from ipex_sq.data.lambada import default_calibration, load_lambada
 from ipex_sq.errors import ConfigError
-from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada
+from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada, warm_up
 from ipex_sq.evaluation.max_drop import Search, plan_within_drop
 from ipex_sq.evaluation.runs import (
     Outcome,
@@ -97,9 +97,7 @@ class Experiment:
             ready, description = quantized.model, int8_description(quantized, run.quant)
         documents = self._texts.evaluation.documents
         start = time.perf_counter()
-        # Untimed: here a backend compiles, once with padding and once without.
-        for few in (documents[: self._evaluation.batch_size], 2 * documents[:1]):
-            evaluate_lambada(ready, tokenizer, few, self._evaluation)
+        warm_up(ready, tokenizer, documents, self._evaluation)
         first = time.perf_counter() - start
         start = time.perf_counter()
         scores = evaluate_lambada(ready, tokenizer, documents, self._evaluation)

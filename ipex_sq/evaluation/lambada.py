@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from ipex_sq.config import EvaluationConfig
 from ipex_sq.data.documents import Document
+from ipex_sq.distributed import share
 from ipex_sq.errors import DataError, NumericalCheckError
 from ipex_sq.evaluation.pairing import standard_error
 from ipex_sq.models.body import logits_at
@@ -114,28 +116,61 @@ def evaluate_lambada(
         DataError: No documents, or one that is too long.
         NumericalCheckError: The model produced logits that are not finite.
     """
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    encoded = encode_documents(documents, tokenizer, positions)
+    encoded = _encode_for(model, documents, tokenizer)
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids), reverse=True)
-    scores: dict[int, tuple[bool, bool, float]] = {}
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    bar = tqdm(batches, desc="evaluate", unit="batch", disable=None, leave=False)
-    for number, indices in enumerate(bar, 1):
+    right: list[bool] = []
+
+    def score(indices: list[int]) -> list[_Score]:
         scored = _score_batch(model, [encoded[index] for index in indices])
-        scores.update(zip(indices, scored, strict=True))
-        accuracy = sum(item[0] for item in scores.values()) / len(scores)
-        bar.set_postfix_str(f"last word {accuracy:.4f}", refresh=False)
-        if bar.disable and number % config.log_frequency == 0:
-            logger.info("%d of %d batches, last word %.4f", number, len(batches), accuracy)
+        right.extend(score[0] for score in scored)
+        return scored
+
+    def watched(mine: list[list[int]]) -> Iterator[list[int]]:
+        bar = tqdm(mine, desc="evaluate", unit="batch", disable=None, leave=False)
+        for number, indices in enumerate(bar, 1):
+            yield indices
+            accuracy = sum(right) / len(right)
+            bar.set_postfix_str(f"last word {accuracy:.4f}", refresh=False)
+            if bar.disable and number % config.log_frequency == 0:
+                logger.info("%d of %d batches, last word %.4f", number, len(mine), accuracy)
+
+    def length(indices: list[int]) -> int:
+        return sum(len(encoded[index].ids) for index in indices)
+
+    shared = share(batches, score, size=length, progress=watched)
+    scores = dict(zip(chain(*batches), chain.from_iterable(shared), strict=True))
     columns = zip(*(scores[index] for index in range(len(encoded))), strict=True)
     words, tokens, logs = columns
     return LambadaResult(words, tokens, logs)
 
 
+def warm_up(
+    model: nn.Module, tokenizer: Any, documents: Sequence[Document], config: EvaluationConfig
+) -> None:
+    """Score a batch with padding and one without on every process: here a backend compiles.
+
+    Raises:
+        DataError: See `encode_documents`.
+        NumericalCheckError: See `evaluate_lambada`.
+    """
+    for few in (documents[: config.batch_size], [documents[0], documents[0]]):
+        _score_batch(model, _encode_for(model, few, tokenizer))
+
+
+_Score = tuple[bool, bool, float]
+"""Of a document, as the columns of `LambadaResult`."""
+
+
+def _encode_for(
+    model: nn.Module, documents: Sequence[Document], tokenizer: Any
+) -> list[EncodedDocument]:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return encode_documents(documents, tokenizer, positions)
+
+
 @torch.inference_mode()
-def _score_batch(
-    model: nn.Module, rows: Sequence[EncodedDocument]
-) -> list[tuple[bool, bool, float]]:
+def _score_batch(model: nn.Module, rows: Sequence[EncodedDocument]) -> list[_Score]:
     """Score documents that fit into one forward pass."""
     width = max(len(row.ids) for row in rows) - 1  # the last token is only a target
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -158,7 +193,7 @@ def _score_batch(
     return _score_rows(logits.float(), rows)
 
 
-def _score_rows(logits: Tensor, rows: Sequence[EncodedDocument]) -> list[tuple[bool, bool, float]]:
+def _score_rows(logits: Tensor, rows: Sequence[EncodedDocument]) -> list[_Score]:
     if not bool(torch.isfinite(logits).all()):
         raise NumericalCheckError("the model's logits are not finite: it cannot be scored")
     targets = torch.tensor([token for row in rows for token in row.ids[-row.target_tokens :]])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ipex_sq.distributed import share
 from ipex_sq.models.running import run_model
 from ipex_sq.recipe.batching import Batch
 
@@ -37,12 +38,17 @@ class NextTokens:
 @torch.inference_mode()
 def predict_tokens(model: nn.Module, batches: Sequence[Batch]) -> NextTokens:
     """Score a causal language model on unpadded batches of `input_ids`, `[batch, tokens]`."""
-    correct: list[bool] = []
-    total = 0.0
-    for batch in batches:
+
+    def score(batch: Batch) -> tuple[list[bool], float]:
         logits = run_model(model, batch)[:, :-1].float()
         targets = batch["input_ids"][:, 1:]
-        correct += (logits.argmax(dim=-1) == targets).flatten().tolist()
         logs = logits.log_softmax(dim=-1).gather(2, targets[..., None])
-        total += float(logs.double().sum())
+        correct = (logits.argmax(dim=-1) == targets).flatten().tolist()
+        return correct, float(logs.double().sum())
+
+    correct: list[bool] = []
+    total = 0.0
+    for right, log in share(batches, score, size=lambda batch: batch["input_ids"].numel()):
+        correct += right
+        total += log
     return NextTokens(tuple(correct), total / len(correct))

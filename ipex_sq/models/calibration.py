@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipex_sq.config import QuantConfig
+from ipex_sq.distributed import gather, share
 from ipex_sq.errors import CheckpointError
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import smoothed_linear
@@ -21,7 +23,12 @@ from ipex_sq.models.running import run_body
 from ipex_sq.models.sampling import sample_groups, set_apart
 from ipex_sq.models.topology import find_topology
 from ipex_sq.recipe.batching import Batch, without_padding
-from ipex_sq.recipe.gptq import MOST_HESSIAN_BYTES, hessian_bytes, record_hessians
+from ipex_sq.recipe.gptq import (
+    MOST_HESSIAN_BYTES,
+    hessian_bytes,
+    joined_hessians,
+    record_hessians,
+)
 from ipex_sq.recipe.histograms import record_histograms
 from ipex_sq.recipe.observers import LinearStats, record_stats
 from ipex_sq.recipe.plan import STATIC_INT8, QuantPlan
@@ -99,19 +106,27 @@ def _observe(
 ) -> _Seen:
     """Run all texts, those that will be sampled last; `readers` are those to take Hessians of."""
     unsampled, sampled = set_apart(rows)
+    ordered = [*unsampled, *sampled]
+    before = accumulate((_tokens([batch]) for batch in ordered), initial=0)
+    placed = list(zip(before, ordered, strict=False))
     with (
         onednn_linears(linears.values(), calibration_dtype()) as dtype,
         record_stats(linears) as recorder,
         record_hessians(readers, _tokens(rows)) as recorders,
         torch.no_grad(),
     ):
-        for batch in _bar(unsampled, "calibrate"):
-            run_body(model, batch)
+
+        def run(item: _Placed) -> None:
+            for hessian in recorders.values():
+                hessian.begin(item[0])
+            run_body(model, item[1])
+
+        _run_shared(placed[: len(unsampled)], run, "calibrate")
+        recorder.merge(gather(recorder.so_far()))
         without_sampled = recorder.so_far()
-        for batch in sampled:
-            run_body(model, batch)
-    hessians = {key: item.finish() for key, item in recorders.items()}
-    return _Seen(recorder.finish(), without_sampled, hessians, dtype)
+        _run_shared(placed[len(unsampled) :], run, "calibrate")
+        recorder.merge(gather(recorder.so_far()))
+    return _Seen(recorder.finish(), without_sampled, joined_hessians(recorders), dtype)
 
 
 def _tokens(rows: Sequence[Batch]) -> int:
@@ -173,8 +188,11 @@ def clipped_ranges(
         record_histograms(linears, ranges) as histograms,
         torch.no_grad(),
     ):
-        for batch in _bar(without_padding(batches), f"{config.observer} histograms"):
-            run_body(model, batch)
+        placed = list(enumerate(without_padding(batches)))
+        _run_shared(placed, lambda item: run_body(model, item[1]), f"{config.observer} histograms")
+    everywhere = gather({name: item.counts for name, item in histograms.items()})
+    for name, histogram in histograms.items():
+        histogram.counts = torch.stack([part[name] for part in everywhere]).sum(dim=0)
     return {
         name: histogram.clipped(config.observer, config.percentile)
         for name, histogram in histograms.items()
@@ -188,5 +206,15 @@ def _planned_range(plan: QuantPlan, name: str) -> tuple[float, float]:
     return low, low + 255 * activation.scale
 
 
-def _bar(batches: Sequence[Batch], text: str) -> Iterable[Batch]:
-    return tqdm(batches, desc=text, unit="batch", disable=None, leave=False)
+_Placed = tuple[int, Batch]
+"""A batch with its place among the others."""
+
+
+def _run_shared(batches: Sequence[_Placed], run: Callable[[_Placed], None], text: str) -> None:
+    """Run each batch on one of the processes."""
+
+    def bar(mine: Sequence[_Placed]) -> Iterable[_Placed]:
+        return tqdm(mine, desc=text, unit="batch", disable=None, leave=False)
+
+    for _ in share(batches, run, size=lambda item: _tokens([item[1]]), progress=bar):
+        pass

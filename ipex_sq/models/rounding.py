@@ -9,11 +9,14 @@ shift at every token, and it moves predictions one way.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipex_sq.config import GPTQ
+from ipex_sq.distributed import share
 from ipex_sq.models.folding import smoothed_linear
 from ipex_sq.recipe.gptq import gptq_weight, smoothed_hessian
 from ipex_sq.recipe.plan import FLOAT, GroupPlan, LinearPlan, QuantPlan
@@ -41,12 +44,28 @@ def round_weights(model: nn.Module, plan: QuantPlan, stats: ActStats) -> None:
     if plan.weight_rounding != GPTQ and not plan.corrects_biases:
         return
     groups = [item for item in plan.groups.values() if plan.linears[item.group.key].mode != FLOAT]
-    bar = tqdm(groups, desc="round weights", unit="group", disable=None, leave=False)
-    for item in bar:
-        _round_group(model, plan, item, stats)
+
+    def bar(mine: Sequence[GroupPlan]) -> Iterable[GroupPlan]:
+        return tqdm(mine, desc="round weights", unit="group", disable=None, leave=False)
+
+    def work(item: GroupPlan) -> _Rounded:
+        return _round_group(model, plan, item, stats)
+
+    def size(item: GroupPlan) -> int:
+        linears = [smoothed_linear(model, name) for name in item.group.readers]
+        return sum(linear.in_features * linear.weight.numel() for linear in linears)
+
+    rounded = share(groups, work, size=size, progress=bar)
+    for item, (levels, error) in zip(groups, rounded, strict=True):
+        _set_group(model, plan, item, (levels, error))
 
 
-def _round_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, stats: ActStats) -> None:
+_Rounded = tuple[Tensor, Tensor | None]
+"""Levels `[sum of out_features, in_features + copies]` int8 of a group's readers, and the mean
+error `[sum of out_features]` of their outputs where biases are corrected."""
+
+
+def _round_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, stats: ActStats) -> _Rounded:
     key, readers = item.group.key, item.group.readers
     linears = [smoothed_linear(model, name) for name in readers]
     weight = torch.cat([linear.weight.float() for linear in linears])
@@ -56,16 +75,23 @@ def _round_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, stats: ActS
         levels = gptq_weight(weight, steps, hessian)
     else:
         levels = quantize_weight(weight, steps)
-    rounded = levels.float() * steps[:, None]
+    if not plan.corrects_biases or key not in stats.samples:
+        return levels, None
+    weights = weight, levels.float() * steps[:, None]
+    return levels, _mean_error(stats.samples[key], item, plan.linears[key].activation, weights)
+
+
+def _set_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, rounded: _Rounded) -> None:
+    levels, error = rounded
+    linears = [smoothed_linear(model, name) for name in item.group.readers]
+    steps = torch.cat([_steps(plan.linears[name]) for name in item.group.readers])
     sizes = [linear.out_features for linear in linears]
-    if plan.corrects_biases and key in stats.samples:
-        error = _mean_error(
-            stats.samples[key], item, plan.linears[key].activation, (weight, rounded)
-        )
+    if error is not None:
         for linear, part in zip(linears, error.split(sizes), strict=True):
             bias = -part if linear.bias is None else linear.bias - part
             linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
-    for linear, part in zip(linears, rounded.split(sizes), strict=True):
+    weight = levels.float() * steps[:, None]
+    for linear, part in zip(linears, weight.split(sizes), strict=True):
         linear.weight.copy_(part)
 
 

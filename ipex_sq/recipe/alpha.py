@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ipex_sq.distributed import share
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import STATIC_INT8
 from ipex_sq.recipe.qparams import (
@@ -58,6 +59,11 @@ class GroupInputs:
     sample: GroupSample | None = None
     unsampled_stats: LinearStats | None = None
     producer_channels: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(weight.numel() for weight in self.weights)
 
     def without_sampled_texts(self) -> GroupInputs:
         """As if calibration had not seen the texts that were sampled: scale and range."""
@@ -118,7 +124,7 @@ def search_alpha(
     *,
     refine: bool = False,
     least_cost: float = 0.0,
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> AlphaSearch:
     """Measure the candidates in every group.
 
@@ -131,13 +137,20 @@ def search_alpha(
         least_cost: Other modes than the first are tried only in groups that cost as much in it.
         progress: Wraps the iteration over group keys, for a progress bar.
     """
-    kl: dict[str, dict[str, Costs]] = {mode: {} for mode in modes}
-    for key in progress(groups):
-        group = GroupCosts(groups[key])
+
+    def costs_of(key: str) -> dict[str, Costs]:
+        group, found = GroupCosts(groups[key]), {}
         for mode in modes:
-            kl[mode][key] = group.refined(grid, mode) if refine else group.over(grid, mode)
-            if min(kl[mode][key].values()) < least_cost:
+            found[mode] = group.refined(grid, mode) if refine else group.over(grid, mode)
+            if min(found[mode].values()) < least_cost:
                 break
+        return found
+
+    kl: dict[str, dict[str, Costs]] = {mode: {} for mode in modes}
+    searched = share(list(groups), costs_of, size=lambda key: groups[key].size, progress=progress)
+    for key, found in zip(groups, searched, strict=True):
+        for mode, costs in found.items():
+            kl[mode][key] = costs
     return AlphaSearch({mode: costs for mode, costs in kl.items() if costs})
 
 

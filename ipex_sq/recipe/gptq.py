@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ipex_sq.distributed import collect, owners, processes, share
 from ipex_sq.recipe.hooks import hooked
 from ipex_sq.recipe.qparams import WEIGHT_MAXIMUM, int8_sums, quantize_weight, weight_scale
 
@@ -43,27 +44,59 @@ def hessian_bytes(readers: Iterable[nn.Linear]) -> int:
     return sum(4 * linear.in_features**2 for linear in readers)
 
 
-class HessianRecorder:
-    """Sums x x^T of one Linear's inputs, of every n-th token, each channel rounded to int8."""
+Rows = tuple[int, Tensor]
+"""Inputs `[rows, in_features]`, and how many tokens the batches before theirs hold."""
 
-    def __init__(self, channels: int, tokens: int) -> None:
+
+class HessianRecorder:
+    """Sums x x^T of one Linear's inputs, of every n-th token, each channel rounded to int8.
+
+    Which tokens, and the order of the sum, do not depend on which process ran a batch.
+
+    Attributes:
+        size: Work that the sum is.
+        kept: What was observed and not summed yet.
+    """
+
+    def __init__(self, channels: int, tokens: int, *, at_once: bool = True) -> None:
+        """`at_once`: every batch is seen here, and summed when enough rows wait."""
+        self.size = channels**2
+        self.kept: list[Rows] = []
         self._every = max(tokens // (ROWS_PER_CHANNEL * channels), 1)
-        self._hessian = torch.zeros(channels, channels)
-        self._passed = 0
+        self._at_once = at_once
+        self._channels = channels
+        self._hessian: Tensor | None = None
+        self._before = self._passed = 0
         self._waiting: list[Tensor] = []
+
+    def begin(self, before: int) -> None:
+        """The next inputs are of a batch that follows `before` tokens."""
+        self._before = self._passed = before
 
     def observe(self, x: Tensor) -> None:
         """Take in one input `[..., in_features]`."""
         rows = x.detach().reshape(-1, x.shape[-1])
         start, self._passed = -self._passed % self._every, self._passed + len(rows)
-        self._waiting.append(rows[start :: self._every].float())
-        if sum(map(len, self._waiting)) >= MOST_WAITING:
-            self._add()
+        picked = rows[start :: self._every].float().clone()  # a view would keep the whole input
+        if self._at_once:
+            self._wait(picked)
+        else:
+            self.kept.append((self._before, picked))
 
     def finish(self) -> Tensor:
         """`[in_features, in_features]`."""
+        for _, rows in sorted(self.kept, key=lambda item: item[0]):
+            self._wait(rows)
+        self.kept = []
         self._add()
+        if self._hessian is None:
+            return torch.zeros(self._channels, self._channels)
         return self._hessian
+
+    def _wait(self, rows: Tensor) -> None:
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= MOST_WAITING:
+            self._add()
 
     def _add(self) -> None:
         if self._waiting:
@@ -71,8 +104,18 @@ class HessianRecorder:
             scale = weight_scale(channels)
             levels = quantize_weight(channels, scale)
             sums = int8_sums(levels.view(torch.uint8) ^ 128, 128, levels)
-            self._hessian.add_(sums.mul_(scale).mul_(scale[:, None]))
+            sums.mul_(scale).mul_(scale[:, None])
+            self._hessian = sums if self._hessian is None else self._hessian.add_(sums)
             self._waiting.clear()
+
+
+def joined_hessians(recorders: Mapping[str, HessianRecorder]) -> dict[str, Tensor]:
+    """The sum over the inputs that all processes saw `[in_features, in_features]`, by group key."""
+    whole = list(recorders.values())
+    for recorder, owner in zip(whole, owners([item.size for item in whole]), strict=True):
+        recorder.kept = [rows for kept in collect(recorder.kept, owner) for rows in kept]
+    sums = share(whole, HessianRecorder.finish, size=lambda item: item.size)
+    return dict(zip(recorders, sums, strict=True))
 
 
 @contextmanager
@@ -83,10 +126,12 @@ def record_hessians(
 
     Args:
         readers: One Linear of each smooth group, by group key.
-        tokens: How many tokens the block will run, to take every n-th (`ROWS_PER_CHANNEL`).
+        tokens: How many all processes will run, to take every n-th (`ROWS_PER_CHANNEL`).
     """
+    alone = processes() == 1
     recorders = {
-        key: HessianRecorder(linear.in_features, tokens) for key, linear in readers.items()
+        key: HessianRecorder(linear.in_features, tokens, at_once=alone)
+        for key, linear in readers.items()
     }
 
     def hook_for(key: str) -> Callable[..., None]:
@@ -144,5 +189,18 @@ def gptq_weight(weight: Tensor, steps: Tensor, hessian: Tensor) -> Tensor:
 
 def _feedback(hessian: Tensor) -> Tensor:
     """U of H = U D U^T, unit upper triangular."""
-    root = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)  # upper: H = root root^T
+    flipped = hessian.flip(0, 1)
+    with one_thread():  # with more its last bits are others, and so are the weights
+        root = torch.linalg.cholesky(flipped).flip(0, 1)  # upper: H = root root^T
     return root / root.diagonal()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside the block torch computes on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

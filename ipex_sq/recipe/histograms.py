@@ -33,7 +33,7 @@ class Histogram:
     def __init__(self, minimum: float, maximum: float) -> None:
         self.minimum, self.maximum = minimum, maximum
         self.absmax = max(abs(minimum), abs(maximum), 1e-12)
-        self.counts = torch.zeros(BINS)
+        self.counts = torch.zeros(BINS, dtype=torch.float64)  # whole numbers: sums are exact
 
     def add(self, x: Tensor) -> None:
         """Count an input `[..., in_features]`."""
@@ -46,12 +46,13 @@ class Histogram:
             observer: "percentile", "mse" or "kl".
             percentile: Share of the values to keep, in percent; only "percentile" uses it.
         """
+        counts = self.counts.float()
         if observer == "percentile":
-            kept = percentile_bins(self.counts, percentile)
+            kept = percentile_bins(counts, percentile)
         elif observer == "mse":
-            kept = mse_bins(self.counts)
+            kept = mse_bins(counts)
         else:
-            kept = kl_threshold_bins(self.counts)
+            kept = kl_threshold_bins(counts)
         threshold = self.absmax * kept / BINS
         return max(self.minimum, -threshold), min(self.maximum, threshold)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,6 +67,13 @@ class StatsRecorder:
             self._last = (x, x._version, measured)
         seen = self._stats[name]
         self._stats[name] = measured if seen is None else seen.joined(measured)
+
+    def merge(self, others: Iterable[Mapping[str, LinearStats]]) -> None:
+        """Take in what was seen elsewhere, each as of `so_far`."""
+        for stats in others:
+            for name, item in stats.items():
+                seen = self._stats[name]
+                self._stats[name] = item if seen is None else seen.joined(item)
 
     def so_far(self) -> dict[str, LinearStats]:
         """The statistics of the Linears that were reached until now."""

@@ -3,7 +3,14 @@ import torch
 from torch import nn
 
 from ipex_sq.recipe import gptq
-from ipex_sq.recipe.gptq import gptq_weight, record_hessians, smoothed_hessian
+from ipex_sq.recipe.gptq import (
+    HessianRecorder,
+    _feedback,
+    gptq_weight,
+    one_thread,
+    record_hessians,
+    smoothed_hessian,
+)
 from ipex_sq.recipe.qparams import quantize_weight, weight_scale
 from ipex_sq.recipe.splitting import append_copies
 
@@ -96,3 +103,38 @@ def test_smoothing_the_hessian_is_smoothing_the_inputs():
     found = smoothed_hessian(x.T @ x, scale, channels)
     torch.testing.assert_close(found, smoothed.T @ smoothed, rtol=1e-4, atol=1.0)
     assert torch.equal(smoothed_hessian(x.T @ x, None, None), x.T @ x)
+
+
+def test_the_sum_does_not_depend_on_who_saw_which_batch():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(rows, 512, generator=generator) for rows in (700, 531, 907, 400)]
+    tokens = sum(map(len, batches))
+    alone = HessianRecorder(512, tokens)
+    both = [HessianRecorder(512, tokens, at_once=False) for _ in range(2)]
+    before = 0
+    for number, batch in enumerate(batches):
+        for recorder in (alone, both[number % 2]):
+            recorder.begin(before)
+            recorder.observe(batch)
+        before += len(batch)
+    both[1].kept += both[0].kept
+    assert torch.equal(both[1].finish(), alone.finish())
+
+
+def test_rounding_does_not_depend_on_the_number_of_threads():
+    """MKL's Cholesky does: weights, and with them accuracy, would be those of one machine."""
+    inputs = torch.randn(2000, 576, generator=torch.Generator().manual_seed(0))
+    hessian = inputs.T @ inputs
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found.append(_feedback(hessian))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(item, found[0]) for item in found)
+    with pytest.raises(ValueError, match="inside"), one_thread():
+        raise ValueError("inside")
+    assert torch.get_num_threads() == threads
