@@ -10,6 +10,20 @@ from ipex_sq.errors import ConfigError
 PREFILL, DECODE, LAMBADA, CLASSIFY = "prefill", "decode", "lambada", "classify"
 WORKLOADS = (PREFILL, DECODE, LAMBADA)
 LOGITS = ("all", "last")
+PEERS = ("openvino", "onnxruntime", "ctranslate2", "pt2e")
+"""Other toolkits that can be timed beside our backends."""
+
+
+def parse_peers(text: str) -> tuple[str, ...]:
+    """Turn the text of `--peers`, names with commas between, into these names.
+
+    Raises:
+        ConfigError: An unknown one.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        check_choice("peer", name, PEERS)
+    return names
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from ipex_sq.backends.base import Backend
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.quantization import quantize_model
 from ipex_sq.backends.registry import choose_backend
-from ipex_sq.benchmarking import openvino_peer
 from ipex_sq.benchmarking.limits import Work, work_of
+from ipex_sq.benchmarking.peers import PEERS, Peer, build_peer, check_installed
 from ipex_sq.benchmarking.subjects import Subject
 from ipex_sq.checkpoint.folders import read_manifest
 from ipex_sq.checkpoint.saving import load
@@ -29,7 +30,7 @@ class Contender:
     """One model to time.
 
     Attributes:
-        label: "fp32", "bf16", "int8" or "int8+sq".
+        label: "fp32", "bf16", or the recipe: "int8", "int8+sq", "int8 dynamic".
         backend: "eager", "compiled", an int8 backend or a peer.
         precision: "fp32", "bf16" or "int8".
         quant: Recipe of an int8 one that is quantized now.
@@ -47,9 +48,14 @@ class Contender:
         return f"{self.label} {self.backend}"
 
     @property
+    def peer(self) -> Peer | None:
+        """The other toolkit that it is of."""
+        return PEERS.get(self.backend)
+
+    @property
     def float_precision(self) -> str:
         """What stays float runs in this precision."""
-        if self.precision != "int8" or self.backend == openvino_peer.NAME:
+        if self.precision != "int8" or self.peer:
             return self.precision
         wanted = self.quant.dtype if self.quant else None
         return wanted or choose_backend(self.backend).backend.float_dtype
@@ -68,6 +74,11 @@ def contenders(quants: list[tuple[str, QuantConfig]], *, compare: bool) -> list[
         if compare or (label, backend) != ("fp32", COMPILED)
     ]
     return found + [Contender(label, item.backend, "int8", item) for label, item in quants]
+
+
+def peer_contenders(names: Sequence[str]) -> list[Contender]:
+    """Int8 of other toolkits, by name."""
+    return [Contender(PEERS[name].label, name, "int8") for name in names]
 
 
 def int8_quants(
@@ -109,12 +120,14 @@ def prepare(contender: Contender, subject: Subject) -> Prepared:
     """Load the model and put it into the form that is timed."""
     if contender.checkpoint is not None:
         return _from_checkpoint(contender, Path(contender.checkpoint))
+    if contender.peer:
+        check_installed(contender.backend)
     loaded = subject.load()
     model, batches = loaded.model, loaded.batches
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     work = work_of(model, contender.precision, contender.float_precision)
-    if contender.backend == openvino_peer.NAME:
-        model = openvino_peer.openvino_int8(model, batches)
+    if contender.peer:
+        model = build_peer(contender.backend, model, batches)
     elif contender.quant is not None:
         model = quantize_model(model, batches, contender.quant).model
     elif contender.backend == COMPILED:

@@ -13,7 +13,6 @@ from typing import Any
 from tqdm import tqdm
 
 from ipex_sq.benchmark_config import CLASSIFY, DECODE, BenchmarkConfig
-from ipex_sq.benchmarking import openvino_peer
 from ipex_sq.benchmarking.contenders import Contender
 from ipex_sq.benchmarking.cores import instance_cores
 from ipex_sq.benchmarking.limits import Limits, LimitsSession, Work
@@ -75,7 +74,8 @@ def run_benchmark(
         for entry in ready:
             stats = [worker.call("describe")[2] for worker in entry.workers]
             entry.described["peak_rss_bytes"] = sum(item["peak_rss_bytes"] for item in stats)
-            if entry.contender.backend != openvino_peer.NAME:  # torch sees none of its operators
+            peer = entry.contender.peer
+            if peer is None or peer.in_torch:  # else torch sees none of its operators
                 entry.breakdown = entry.workers[0].call("breakdown")  # its events take memory
     rows = [_row(entry, (subject, config), (limits, instances)) for entry in entries]
     add_speedups(rows)

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ipex_sq.benchmark_config import LAMBADA, BenchmarkConfig
+from ipex_sq.benchmark_config import LAMBADA, PEERS, BenchmarkConfig, parse_peers
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, show
 from ipex_sq.config import BACKENDS, RANDOM_SHAPES, DataConfig, ModelConfig, OutputConfig
@@ -27,14 +27,13 @@ EXAMPLES = """\
   python benchmark.py --int8 --sq --backend native --batch_size 1 --sequence_length 512
   python benchmark.py --int8 --workload decode --batch_size 1 --sequence_length 32
   python benchmark.py --compare --workload lambada        # accuracy and documents/s in one table
+  python benchmark.py --int8 --sq --peers openvino,onnxruntime,ctranslate2,pt2e
   python benchmark.py --int8 --num_instances 2 --cores_per_instance 1
   python -m ipex_sq benchmark --model_path results/quantized/embedded --batch_size 8 \\
       --sequence_length 128 --padded
   python -m ipex_sq benchmark --random_weights bert-base --int8 --batch_size 8 \\
       --sequence_length 128
 """
-
-PEERS = ("openvino",)
 
 
 def parser() -> Parser:
@@ -65,8 +64,10 @@ def parser() -> Parser:
     )
     flags.add_flag(
         "peers",
-        choices=PEERS,
-        help="also time int8 of another toolkit (install requirements-peers.txt first)",
+        type=parse_peers,
+        default=(),
+        help=f"also time int8 of other toolkits, some of: {', '.join(PEERS)}, comma-separated "
+        "(install requirements-peers.txt first)",
     )
     flags.add_config(BenchmarkConfig)
     flags.add_config(DataConfig, skip=("seed",))
@@ -87,8 +88,12 @@ def command(arguments: Sequence[str]) -> None:
     check_output(flags.output)
 
     from ipex_sq.backends.registry import backends_to_compare
-    from ipex_sq.benchmarking import openvino_peer
-    from ipex_sq.benchmarking.contenders import Contender, contenders, int8_quants
+    from ipex_sq.benchmarking.contenders import (
+        Contender,
+        contenders,
+        int8_quants,
+        peer_contenders,
+    )
     from ipex_sq.benchmarking.cores import instance_cores
     from ipex_sq.benchmarking.memory import check_memory
     from ipex_sq.benchmarking.run import run_benchmark
@@ -104,9 +109,7 @@ def command(arguments: Sequence[str]) -> None:
     int8 = flags.int8 or (flags.compare and folder is None)
     quants = int8_quants(backends_to_compare(flags.backend), labels) if int8 else []
     timed = contenders(quants, compare=flags.compare)
-    if flags.peers:
-        openvino_peer.check_installed()
-        timed.append(Contender("int8+sq", openvino_peer.NAME, "int8"))
+    timed += peer_contenders(flags.peers)
     if folder is not None:
         timed.append(Contender(*_checkpoint_label(folder), "int8", checkpoint=str(folder)))
     check_memory(timed, subject, config)
