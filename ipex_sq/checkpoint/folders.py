@@ -15,7 +15,17 @@ from ipex_sq.errors import CheckpointError, ConfigError
 MANIFEST = "ipex_sq.json"
 FORMAT_VERSION = 3
 _FIELDS = frozenset(
-    "architecture attention backend dtype ipex_sq made_from sha256 task versions".split()
+    (
+        "architecture",
+        "attention",
+        "backend",
+        "dtype",
+        "ipex_sq",
+        "made_from",
+        "sha256",
+        "task",
+        "versions",
+    )
 )
 
 
