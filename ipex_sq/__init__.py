@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ipex_sq.registration import register_with_transformers
+
 if TYPE_CHECKING:
     from ipex_sq.backends.quantization import plan as plan
     from ipex_sq.backends.quantization import quantize as quantize
@@ -64,3 +66,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+register_with_transformers()

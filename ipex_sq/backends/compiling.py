@@ -10,12 +10,12 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from ipex_sq.backends.attention import inductor
 from ipex_sq.backends.row_kernels import RowLinear
 from ipex_sq.models.caching import (
     KeysAndValues,
@@ -65,19 +65,29 @@ def compile_layers(model: nn.Module) -> nn.Module:
 
 
 class _CompiledForward:
-    """Runs the compiled layer; with a key-value cache, compiled steps after a prompt as written."""
+    """Runs the compiled layer; with a key-value cache, compiled steps after a prompt as written.
+
+    The compiler is imported with the first call that needs it: a process that loads a model has its
+    first token 2 s earlier.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         forward: Any = layer.forward
         self._layer = layer
         self._eager = forward
-        self._compiled = torch.compile(forward, dynamic=True, backend=inductor)
-        self._step = torch.compile(_step, dynamic=True, backend=inductor)
         self._names = tuple(inspect.signature(forward).parameters)
         self._index = layer_index(layer)
         self._unprepared: list[Any] = [
             module for module in layer.modules() if hasattr(module, "keep_row")
         ]
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        return _compile(self._eager)
+
+    @cached_property
+    def _step(self) -> Callable[..., Any]:
+        return _compile(_step)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -96,6 +106,13 @@ class _CompiledForward:
         outputs, added = self._step(self._layer, self._eager.__func__, (name, past), named)
         cache.update(*added, self._index)
         return with_cache(outputs, cache)
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    from ipex_sq.backends.attention import inductor
+
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=True, backend=inductor)
+    return compiled
 
 
 def _step(

@@ -6,6 +6,8 @@ one graph shared by all layers cannot have; wrapped in an operator of our own it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from ipex_sq.recipe.qparams import (
 from ipex_sq.recipe.splitting import append_copies
 
 INPUT_BUFFERS = ("multiplier", "channels", "input_scale", "input_zero_point")
-"""What `Int8Linear.set_input` sets: the same for all readers of a tensor, and held by the plan."""
+"""What `Int8Linear.set_input` sets: the same for all readers of a tensor."""
 
 _LIBRARY = torch.library.Library("ipex_sq", "DEF")
 _LIBRARY.define(
@@ -105,7 +107,7 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         """Pack int8 `weight` `[out_features, in_features]` with its scale and bias.
 
-        `set_input` must follow. A weight on the meta device makes an empty shell for `load_state`.
+        `set_input` must follow.
         """
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -119,6 +121,30 @@ class Int8Linear(nn.Module):
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("row_weight", None, persistent=False)
         self.register_buffer("row_sums", None, persistent=False)
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], *, per_token: bool) -> Int8Linear:
+        """The Linear whose `stored()` is `tensors`; keeps none of them.
+
+        Raises:
+            KeyError: One is missing.
+            RuntimeError: One has another type or shape.
+        """
+        scale = tensors["weight_scale"].clone()
+        linear = cls(tensors["weight"], scale, tensors.get("bias"))
+        linear.per_token = per_token
+        linear.register_buffer("channels", None)
+        for name in ("multiplier", "input_scale", "input_zero_point"):
+            linear.register_buffer(name, tensors[name].clone())
+        if "channels" in tensors:
+            linear.channels = tensors["channels"].clone()
+        return linear
+
+    def stored(self) -> dict[str, Tensor]:
+        """What `restored` needs: int8 weight, scales, bias and how the input is rounded."""
+        fields = {name: getattr(self, name) for name in (*INPUT_BUFFERS, "weight_scale", "bias")}
+        held = {name: tensor.clone() for name, tensor in fields.items() if tensor is not None}
+        return {"weight": self.weight, **held}
 
     def set_input(self, activation: ActivationQParams | None, prescale: PreScale | None) -> None:
         """Set how the input is rounded.

@@ -13,7 +13,20 @@ from typing import Any
 from ipex_sq.errors import CheckpointError, ConfigError
 
 MANIFEST = "ipex_sq.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_FIELDS = frozenset(
+    (
+        "architecture",
+        "attention",
+        "backend",
+        "dtype",
+        "ipex_sq",
+        "made_from",
+        "sha256",
+        "task",
+        "versions",
+    )
+)
 
 
 def check_writable(folder: Path, marker: str = MANIFEST) -> None:
@@ -86,4 +99,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has format version {version}, this ipex_sq reads {FORMAT_VERSION}"
         )
+    missing = sorted(_FIELDS - set(document))
+    if missing:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: it lacks {missing[0]}")
     return dict(document)

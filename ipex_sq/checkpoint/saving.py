@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ipex_sq import __version__
 from ipex_sq.backends.base import DTYPES
-from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
+from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.ipex import IpexBackend, load_graph, tracing_inputs, warm_up
-from ipex_sq.backends.native import NativeBackend, finish_native
+from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.registry import choose_backend
-from ipex_sq.checkpoint.folders import read_manifest, replace_folder, write_manifest
+from ipex_sq.checkpoint.card import model_card
+from ipex_sq.checkpoint.folders import FORMAT_VERSION, read_manifest, replace_folder, write_manifest
+from ipex_sq.checkpoint.integrity import check_file, check_folder, check_transformers, digests
+from ipex_sq.checkpoint.plans import load_plan, save_plan
+from ipex_sq.checkpoint.shards import MAX_SHARD_SIZE, Shards, write_shards
 from ipex_sq.errors import CheckpointError, ConfigError
 from ipex_sq.models.body import ReplacedBody, replace_body
-from ipex_sq.models.folding import replace_module
-from ipex_sq.models.loading import skeleton, task_of
+from ipex_sq.models.loading import load_quantized, skeleton, task_of
 from ipex_sq.recipe.plan import QuantPlan
-from ipex_sq.recipe.plan_files import plan_from_json, plan_tensors, plan_to_json
 from ipex_sq.system import package_versions
 
-WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
 GRAPH = "graph.pt"
-PLAN_JSON = "quant_plan.json"
-PLAN_TENSORS = "quant_plan.safetensors"
+_FORMAL_OPTIONS = frozenset({"is_main_process", "safe_serialization"})
+"""Arguments of transformers' `save_pretrained` that change nothing where they are True."""
 
 
 def check_savable(backend: str) -> None:
@@ -48,6 +50,7 @@ def save(
     tokenizer: Any = None,
     *,
     made_from: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """Write an int8 model of `quantize` to `folder`, replacing an earlier one of ours.
 
@@ -55,7 +58,9 @@ def save(
         model: From the native or the ipex backend.
         folder: Made where it is missing.
         tokenizer: Saved beside it where given.
-        made_from: What the float model was, kept in the manifest.
+        made_from: What the float model was, kept in the manifest; of a loaded model, by default
+            what its own checkpoint says.
+        max_shard_size: Bytes, or "200MB"; larger weights become several files and an index.
 
     Returns:
         The folder.
@@ -68,21 +73,21 @@ def save(
     kind = _kind(model)
     if not isinstance(plan, QuantPlan) or kind is None:
         raise ConfigError("only int8 models of the native and ipex backends can be saved")
+    origin = dict(getattr(model, "made_from", {}) if made_from is None else made_from)
 
     def write(scratch: Path) -> None:
-        config: Any = model.config
-        config.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        (scratch / PLAN_JSON).write_text(plan_to_json(plan) + "\n", encoding="utf-8")
-        save_file(plan_tensors(plan), scratch / PLAN_TENSORS)
+        _write_configs(model, kind, scratch)
+        save_plan(plan, scratch)
         if kind == IpexBackend.name:
             body: Any = model.base_model
             torch.jit.save(body.run, str(scratch / GRAPH))
-        save_file(_tensors(model), scratch / WEIGHTS)
-        write_manifest(
-            scratch, {**_manifest(model, kind, scratch), "made_from": dict(made_from or {})}
-        )
+        write_shards(_tensors(model), scratch, max_shard_size)
+        manifest = {**_manifest(model, kind, scratch), "made_from": origin}
+        card = model_card(plan, manifest, target.name)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(scratch, manifest)
 
     replace_folder(target, write)
     return target
@@ -99,31 +104,37 @@ def load(folder: str | Path) -> nn.Module:
     source = Path(folder)
     manifest = read_manifest(source)
     choose_backend(manifest["backend"])
-    _check_transformers(manifest)
-    _check_digests(source, manifest)
-    plan = load_plan(source)
-    model = skeleton(source, manifest["attention"], manifest["task"])
-    tensors = _read_tensors(source / WEIGHTS)
     if manifest["backend"] == IpexBackend.name:
-        model = _load_ipex(model, source, (tensors, manifest))
-    else:
-        model = _load_native(model, plan, (tensors, manifest["dtype"]))
-    model.quant_plan = plan  # type: ignore[assignment]
-    model.quant_dtype = manifest["dtype"]
-    return model.eval()
+        return _load_ipex(source)
+    check_transformers(manifest)
+    check_file(source, manifest, CONFIG)  # it sends transformers to the quantizer, which checks all
+    return load_quantized(source, manifest["attention"], manifest["task"])
 
 
-def load_plan(folder: Path) -> QuantPlan:
-    """Read the plan of a checkpoint.
+def keep_savable(model: nn.Module) -> nn.Module:
+    """Make `model.save_pretrained` write what `from_pretrained` reads: `save`.
+
+    transformers' own would leave out the packed weights, the plan and the digests.
+    """
+    model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[assignment]
+    return model
+
+
+def _save_pretrained(
+    model: nn.Module,
+    save_directory: str | Path,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    **options: Any,
+) -> None:
+    """As transformers' method, with the arguments that an int8 model can obey.
 
     Raises:
-        CheckpointError: Missing or damaged.
+        ConfigError: An argument that it cannot obey; see also `save`.
     """
-    try:
-        text = (folder / PLAN_JSON).read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{folder / PLAN_JSON} cannot be read: {error.strerror}") from error
-    return plan_from_json(text, _read_tensors(folder / PLAN_TENSORS))
+    for name, value in options.items():
+        if name not in _FORMAL_OPTIONS or not value:
+            raise ConfigError(f"save_pretrained of an int8 model has no {name}={value!r}")
+    save(model, save_directory, max_shard_size=max_shard_size)
 
 
 def _kind(model: nn.Module) -> str | None:
@@ -135,106 +146,76 @@ def _kind(model: nn.Module) -> str | None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What no plan holds: int8 weights, biases, everything float. Tied weights once."""
-    held = {
-        f"{name}.{field}"
-        for name, module in model.named_modules()
-        if isinstance(module, Int8Linear)
-        for field in (*INPUT_BUFFERS, "weight_scale")
-    }
+    """int8 Linears, and everything float; tied weights once."""
+    modules = dict(model.named_modules())
+    int8 = {name: item for name, item in modules.items() if isinstance(item, Int8Linear)}
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in held or name.startswith(f"{model.base_model_prefix}.run."):
+        inside = name.rpartition(".")[0] in int8
+        if inside or name.startswith(f"{model.base_model_prefix}.run.") or id(tensor) in seen:
             continue
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor.detach().contiguous()
-    for name, module in model.named_modules():
-        if isinstance(module, Int8Linear):
-            found[f"{name}.weight"] = module.weight
+        seen.add(id(tensor))
+        found[name] = tensor.detach().contiguous()
+    for name, module in int8.items():
+        found |= {f"{name}.{field}": tensor for field, tensor in module.stored().items()}
     return found
 
 
+def _write_configs(model: nn.Module, kind: str, folder: Path) -> None:
+    config: Any = model.config
+    document = json.loads(config.to_json_string())
+    document = {key: value for key, value in document.items() if not key.startswith("_")}
+    document["architectures"] = [type(model).__name__]
+    if kind == NativeBackend.name:
+        key = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # transformers 5 or 4
+        document[key] = str(DTYPES[str(model.quant_dtype)]).removeprefix("torch.")
+    document["quantization_config"] = {
+        "quant_method": "ipex_sq",
+        "format_version": FORMAT_VERSION,
+        "backend": kind,
+        "dtype": model.quant_dtype,
+    }
+    text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
+
+
 def _manifest(model: nn.Module, kind: str, folder: Path) -> dict[str, Any]:
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in {".safetensors", ".pt"})
     config: Any = model.config
     body: Any = model.base_model
     return {
         "backend": kind,
         "task": task_of(model),
+        "architecture": type(model).__name__,
         "attention": config._attn_implementation,
         "dtype": model.quant_dtype,
+        "ipex_sq": __version__,
         "inputs": list(body.inputs) if kind == IpexBackend.name else None,
         "versions": package_versions(),
-        "sha256": {name: _sha256(folder / name) for name in files},
+        "sha256": digests(folder),
     }
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_digests(folder: Path, manifest: dict[str, Any]) -> None:
-    for name, digest in manifest["sha256"].items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}: copy the whole folder again")
-        if _sha256(folder / name) != digest:
-            raise CheckpointError(f"{folder / name} is truncated or changed: copy it again")
-
-
-def _check_transformers(manifest: dict[str, Any]) -> None:
-    written, here = (
-        versions.get("transformers", "0").split(".")[0]
-        for versions in (manifest["versions"], package_versions())
-    )
-    if int(written) > int(here):
-        raise CheckpointError(
-            f"the checkpoint was written by transformers {written}, whose config.json version "
-            f"{here} would misread: load it with transformers {written} or quantize again"
-        )
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _load_native(
-    model: nn.Module, plan: QuantPlan, content: tuple[dict[str, Tensor], str]
-) -> nn.Module:
-    tensors, dtype = content
-    for name in plan.int8_names:
-        item = plan.linears[name]
-        try:
-            weight = tensors.pop(f"{name}.weight")
-        except KeyError:
-            raise CheckpointError(f"the checkpoint holds no weight for {name!r}") from None
-        assert item.weight_scale is not None  # noqa: S101
-        linear = Int8Linear(weight, item.weight_scale, tensors.pop(f"{name}.bias", None))
-        linear.set_input(item.activation, plan.prescale_of(name))
-        replace_module(model, name, linear)
-    _assign(model, tensors)
-    return finish_native(model, plan, dtype)
-
-
-def _load_ipex(
-    model: nn.Module, folder: Path, content: tuple[dict[str, Tensor], dict[str, Any]]
-) -> nn.Module:
-    tensors, manifest = content
+def _load_ipex(folder: Path) -> nn.Module:
+    manifest = check_folder(folder)
+    model = skeleton(folder, manifest["attention"], manifest["task"])
     ids = torch.ones(1, 8, dtype=torch.long)
     names, inputs = tracing_inputs(dict.fromkeys(manifest["inputs"], ids))
     graph = warm_up(load_graph(folder / GRAPH), inputs)
     setattr(model, str(model.base_model_prefix), nn.Identity())
-    _assign(model, tensors)
-    return replace_body(model, ReplacedBody(graph, DTYPES[manifest["dtype"]], names))
+    _assign(model, Shards(folder).read())
+    model = replace_body(model, ReplacedBody(graph, DTYPES[manifest["dtype"]], names))
+    model.quant_plan = load_plan(folder)  # type: ignore[assignment]
+    model.quant_dtype = manifest["dtype"]
+    model.made_from = manifest["made_from"]
+    return model.eval()
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give every parameter its tensor; tied ones follow.
+    """Give every parameter its tensor.
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape.
@@ -243,9 +224,6 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit its config: {error}") from error
-    tie: Any = getattr(model, "tie_weights", None)
-    if tie is not None and not isinstance(model.base_model, nn.Identity):
-        tie()
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if left or unexpected:
         raise CheckpointError(

@@ -173,7 +173,7 @@ def _texts(flags: argparse.Namespace, subject: Any) -> Any:
 
 def _checkpoint_label(folder: Path) -> tuple[str, str]:
     from ipex_sq.checkpoint.folders import read_manifest
-    from ipex_sq.checkpoint.saving import load_plan
+    from ipex_sq.checkpoint.plans import load_plan
 
     smoothed = load_plan(folder).alpha is not None
     return "int8+sq" if smoothed else "int8", read_manifest(folder)["backend"]

@@ -121,6 +121,7 @@ def command(arguments: Sequence[str]) -> None:
                 "model": findable(model.model_name_or_path),
                 "smoothing_change": outcome.row["smoothing_change"],
                 "undone_folds": outcome.row["undone_folds"],
+                "measured": _measured(outcome.row, texts),
             }
             saved = save(outcome.model, folder, outcome.tokenizer, made_from=made_from)
             outcome.row["saved_to"] = str(saved)
@@ -132,6 +133,16 @@ def command(arguments: Sequence[str]) -> None:
     rows = [outcome.row for outcome in outcomes]
     result = _document(model.model_name_or_path, texts, rows) | {"config": settings}
     show(_table(result), result, flags.output)
+
+
+def _measured(row: dict[str, Any], texts: Any) -> dict[str, Any]:
+    """What the model card of a saved model says of its accuracy."""
+    shares = ("last_word_accuracy", "last_token_accuracy")
+    return {
+        "dataset": f"{texts.evaluation.name}, {len(texts.evaluation.documents)} documents",
+        **{name: f"{row[name]:.2%}" for name in shares},
+        "perplexity": f"{row['perplexity']:.2f}",
+    }
 
 
 def _check(flags: argparse.Namespace) -> None:

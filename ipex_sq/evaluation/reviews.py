@@ -10,7 +10,8 @@ from typing import Any
 
 from ipex_sq.backends.base import DTYPES
 from ipex_sq.checkpoint.folders import MANIFEST, read_manifest
-from ipex_sq.checkpoint.saving import load, load_plan
+from ipex_sq.checkpoint.plans import load_plan
+from ipex_sq.checkpoint.saving import load
 from ipex_sq.config import EMBEDDED, EvaluationConfig
 from ipex_sq.data.calibration import calibration_batches, choose_texts
 from ipex_sq.data.documents import TextSet, check_disjoint, check_unseen, row_digests

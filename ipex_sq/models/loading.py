@@ -114,19 +114,44 @@ def skeleton(folder: Path, attention: str, task: str = CAUSAL_LM) -> nn.Module:
         CheckpointError: The folder holds no config of such a model.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
-    classes = {
-        CAUSAL_LM: AutoModelForCausalLM,
-        SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
-    }
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = classes[task].from_config(config, attn_implementation=attention)
+            model: nn.Module = _auto_class(task).from_config(config, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: no model can be built: {_first_line(error)}") from error
     return convert_conv1d(model).eval()
+
+
+def load_quantized(folder: Path, attention: str, task: str) -> nn.Module:
+    """The model in `folder` by transformers, whose registered quantizer reads its int8 Linears.
+
+    Args:
+        folder: Holds config.json with a `quantization_config`.
+        attention: As in `skeleton`.
+        task: As `task_of` gives it.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    try:
+        model: nn.Module = _auto_class(task).from_pretrained(
+            folder, attn_implementation=attention, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: no model can be built: {_first_line(error)}") from error
+    return model
+
+
+def _auto_class(task: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return {
+        CAUSAL_LM: AutoModelForCausalLM,
+        SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
+    }[task]
 
 
 @contextmanager

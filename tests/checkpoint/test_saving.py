@@ -39,7 +39,7 @@ def test_int8_weights_are_stored_as_int8_and_nothing_as_pickle(saved):
     with safe_open(folder / "model.safetensors", "pt") as file:
         for name in model.quant_plan.int8_names:
             assert file.get_tensor(f"{name}.weight").dtype == torch.int8
-    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors"}
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".md", ".safetensors"}
 
 
 def test_saving_twice_replaces_and_leaves_no_scratch(saved):

@@ -1,0 +1,130 @@
+"""A saved int8 model put into the model that transformers builds from its config.
+
+transformers loads what stayed float. Int8 Linears are packed here, one at a time and straight from
+the mapped file: its loader would hold all int8 weights once more until they are packed, and would
+cast their fp32 scales.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.backends.native import NativeBackend, finish_native
+from ipex_sq.checkpoint.integrity import check_folder
+from ipex_sq.checkpoint.plans import load_plan
+from ipex_sq.checkpoint.shards import Shards
+from ipex_sq.errors import CheckpointError
+from ipex_sq.models.conv1d import convert_conv1d
+from ipex_sq.models.folding import replace_module
+from ipex_sq.recipe.plan import DYNAMIC_INT8
+
+
+class _Vacancy(nn.Module):
+    """Where an int8 Linear will stand.
+
+    Nothing of it is loaded; transformers initialises what it does not load, and some models (GPT-2)
+    reach for the weight by its name then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(0, device="meta"), persistent=False)
+
+
+class SavedModel:
+    """A verified checkpoint of the native backend.
+
+    Attributes:
+        manifest: Of the folder.
+        plan: What the model executes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Verify and open `folder`.
+
+        Raises:
+            CheckpointError: See `check_folder`; or it is of another backend.
+        """
+        self.manifest = check_folder(folder)
+        backend = self.manifest["backend"]
+        if backend != NativeBackend.name:
+            raise CheckpointError(
+                f"{folder} is of the {backend} backend, which transformers cannot load: use "
+                "ipex_sq.load"
+            )
+        self.plan = load_plan(folder)
+        self._folder = folder
+        self._shards = Shards(folder)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Take the planned Linears out of `model`, whose parameters are on the meta device.
+
+        Raises:
+            CheckpointError: It is not the model that was saved.
+        """
+        wanted, got = self.manifest["architecture"], type(model).__name__
+        if wanted != got:
+            raise CheckpointError(f"{self._folder} holds a {wanted}, it cannot be loaded as {got}")
+        convert_conv1d(model)
+        state = model.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in self.plan.int8_names:
+            shapes |= self._int8_shapes(name, shapes.pop(f"{name}.weight", ()))
+            try:
+                replace_module(model, name, _Vacancy())
+            except AttributeError:
+                raise self._misfit([name]) from None
+        saved = self._shards.shapes
+        misfits = [name for name, shape in saved.items() if shapes.get(name) != shape]
+        if misfits:
+            raise self._misfit(misfits)
+
+    def fill(self, model: nn.Module) -> None:
+        """Put the int8 Linears into `model`, whose float parameters are loaded, and finish it.
+
+        Raises:
+            CheckpointError: A tensor is missing.
+        """
+        state = model.state_dict(keep_vars=True)
+        loaded = {id(tensor) for name, tensor in state.items() if name in self._shards.shapes}
+        missing = [name for name, tensor in state.items() if id(tensor) not in loaded]
+        if missing:
+            raise self._misfit(missing)
+        for name in self.plan.int8_names:
+            replace_module(model, name, self._int8_linear(name))
+        finish_native(model, self.plan, self.manifest["dtype"])
+        model.quant_plan = self.plan  # type: ignore[assignment]
+        model.quant_dtype = self.manifest["dtype"]
+        model.made_from = self.manifest["made_from"]
+
+    def _int8_shapes(self, name: str, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of the int8 form of a Linear whose weight has shape `weight`."""
+        out_features, in_features = weight or (0, 0)
+        channels = self._shards.shapes.get(f"{name}.channels", (0,))
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight": (out_features, in_features + channels[0]),
+            "weight_scale": (out_features,),
+            "bias": (out_features,),
+            "multiplier": (in_features,),
+            "channels": channels,
+            "input_scale": (),
+            "input_zero_point": (),
+        }
+        return {f"{name}.{field}": shape for field, shape in shapes.items()}
+
+    def _int8_linear(self, name: str) -> Int8Linear:
+        tensors = self._shards.read(f"{name}.")
+        per_token = self.plan.linears[name].mode == DYNAMIC_INT8
+        try:
+            return Int8Linear.restored(tensors, per_token=per_token)
+        except (KeyError, RuntimeError):
+            raise self._misfit([f"{name}.{field}" for field in tensors] or [name]) from None
+
+    def _misfit(self, names: list[str]) -> CheckpointError:
+        return CheckpointError(
+            f"{self._folder} does not fit its config or lacks a tensor: {', '.join(names[:3])}"
+        )

@@ -1,0 +1,95 @@
+"""Tensors of a checkpoint in one or several safetensors files, named as transformers names them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ipex_sq.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_SIZE = "5GB"
+
+
+def write_shards(
+    tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
+    """Write `WEIGHTS`, or above `max_shard_size` (bytes, or "5GB") shards and their index."""
+    pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name] for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=1, sort_keys=True) + "\n"
+        (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+class Shards:
+    """Reads the tensors of a folder; files are mapped only while they are read.
+
+    Attributes:
+        shapes: Of every tensor, by its name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the names and shapes.
+
+        Raises:
+            CheckpointError: A file is missing or damaged.
+        """
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in _shard_files(folder):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    self._files[name] = path
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    def read(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors whose names start with `prefix`, by the rest of the name.
+
+        They are views of mapped files, which stay mapped as long as one of them lives.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+        """
+        found: dict[str, Tensor] = {}
+        names = [name for name in self._files if name.startswith(prefix)]
+        for path in sorted({self._files[name] for name in names}):
+            with _opened(path) as file:
+                for name in names:
+                    if self._files[name] == path:
+                        found[name.removeprefix(prefix)] = file.get_tensor(name)
+        return found
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    if not (folder / INDEX).exists():
+        return [folder / WEIGHTS]
+    try:
+        files = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from error
+    return [folder / name for name in sorted(files)]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
