@@ -60,6 +60,9 @@ def shape_size(name: str) -> ModelSize:
 
 
 def _size(config: Any, task: str, trust_remote_code: bool) -> ModelSize:
+    # The models' base class comes before the empty weights: what it imports of torch cannot be
+    # imported under them.
+    import transformers.modeling_utils  # noqa: F401
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
