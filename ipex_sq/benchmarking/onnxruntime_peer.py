@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,7 @@ def _export(model: nn.Module, batch: Batch, path: Path) -> None:
     By tracing: the other exporter needs more packages and computes the same.
     """
     names = input_names(batch)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's notes
+    with torch.no_grad():
         torch.onnx.export(
             LogitsForTracing(model, names),
             tuple(batch[name] for name in names),

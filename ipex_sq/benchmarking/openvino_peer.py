@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -31,20 +28,18 @@ def openvino_int8(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     names = input_names(batches[0])
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's notes
+    with torch.no_grad():
         converted = openvino.convert_model(
             LogitsForTracing(model, names),
             example_input=tuple(batches[0][name] for name in names),
         )
     rows = [tuple(batch[name].numpy() for name in names) for batch in batches]
-    with contextlib.redirect_stdout(sys.stderr):  # its progress bars
-        quantized = nncf.quantize(
-            converted,
-            nncf.Dataset(rows),
-            model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(rows),
-        )
+    quantized = nncf.quantize(
+        converted,
+        nncf.Dataset(rows),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(rows),
+    )
     compiled = openvino.compile_model(
         quantized,
         "CPU",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,9 +74,12 @@ def build_peer(name: str, model: nn.Module, batches: Sequence[Batch]) -> nn.Modu
         UnsupportedModelError: It failed; says how.
     """
     try:
-        built = PEERS[name].quantize(model, batches)
-        with torch.inference_mode():
-            run_model(built, batches[0])
+        # Their progress bars and notes do not belong to the result.
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            built = PEERS[name].quantize(model, batches)
+            with torch.inference_mode():
+                run_model(built, batches[0])
     except IpexSqError:
         raise
     except Exception as error:  # other people's errors are of any kind

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +39,7 @@ def pt2e_int8(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     _untie_head(model)
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
-    with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):  # its progress bars
+    with torch.no_grad():
         exported = torch.export.export(
             LogitsForTracing(model, names),
             example,
