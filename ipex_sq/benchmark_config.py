@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ipex_sq.config import check_choice, check_positive, setting
 from ipex_sq.errors import ConfigError
@@ -10,6 +10,9 @@ from ipex_sq.errors import ConfigError
 PREFILL, DECODE, LAMBADA, CLASSIFY = "prefill", "decode", "lambada", "classify"
 WORKLOADS = (PREFILL, DECODE, LAMBADA)
 LOGITS = ("all", "last")
+LATENCY, THROUGHPUT = "latency", "throughput"
+PRESETS = (LATENCY, THROUGHPUT)
+SET_BY_PRESET = ("batch_size", "num_instances", "cores_per_instance", "numa")
 PEERS = ("openvino", "onnxruntime", "ctranslate2", "pt2e")
 """Other toolkits that can be timed beside our backends."""
 
@@ -56,6 +59,13 @@ class BenchmarkConfig:
     warmup: int = setting(
         2, "least number of untimed runs; more follow until they stop getting faster", type=int
     )
+    preset: str | None = setting(
+        None,
+        "latency: single texts, instances of 4 cores side by side; throughput: batches, one "
+        "instance for each NUMA node. Both use all cores (sets --batch_size, --num_instances, "
+        "--cores_per_instance and --numa)",
+        choices=PRESETS,
+    )
     num_instances: int = setting(
         1, "processes that run the same model side by side, each on cores of its own", type=int
     )
@@ -87,6 +97,14 @@ class BenchmarkConfig:
             raise ConfigError(f"new_tokens must be at least 2, not {self.new_tokens}")
         check_choice("workload", self.workload, WORKLOADS)
         check_choice("logits", self.logits, LOGITS)
+        if self.preset is not None:
+            check_choice("preset", self.preset, PRESETS)
+            self._check_left_to_preset()
+
+    def _check_left_to_preset(self) -> None:
+        for item in fields(self):
+            if item.name in SET_BY_PRESET and getattr(self, item.name) != item.default:
+                raise ConfigError(f"--preset {self.preset} sets --{item.name}: leave one out")
 
     @property
     def pinned(self) -> bool:

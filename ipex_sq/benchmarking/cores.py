@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from ipex_sq.benchmark_config import BenchmarkConfig
+from ipex_sq.benchmark_config import LATENCY, BenchmarkConfig
 from ipex_sq.errors import ConfigError
 
 NODES = Path("/sys/devices/system/node")
+
+LATENCY_CORES = 4
+"""Of an instance in the latency preset, as IPEX's launcher has it."""
 
 
 def parse_cores(text: str) -> tuple[int, ...]:
@@ -34,11 +38,11 @@ def parse_cores(text: str) -> tuple[int, ...]:
     return tuple(cores)
 
 
-def instance_cores(config: BenchmarkConfig) -> list[tuple[int, ...]]:
-    """The cores of each instance; where nothing is to be pinned, one instance on all.
+def usable_cores(config: BenchmarkConfig) -> tuple[int, ...]:
+    """The cores that instances may be given.
 
     Raises:
-        ConfigError: Cores that do not exist or are forbidden to this process, or too few.
+        ConfigError: Cores that do not exist or are forbidden to this process.
     """
     allowed = tuple(sorted(os.sched_getaffinity(0)))
     cores = allowed if config.cores is None else parse_cores(config.cores)
@@ -52,6 +56,38 @@ def instance_cores(config: BenchmarkConfig) -> list[tuple[int, ...]]:
             f"core {forbidden[0]} is forbidden to this process: its affinity mask allows "
             f"{','.join(map(str, allowed))}"
         )
+    return cores
+
+
+def resolve_preset(config: BenchmarkConfig) -> BenchmarkConfig:
+    """`config` with the batch size and the instances that its preset stands for on this machine.
+
+    Raises:
+        ConfigError: See `usable_cores`.
+    """
+    if config.preset is None:
+        return config
+    nodes = _nodes(usable_cores(config))
+    latency = config.preset == LATENCY
+    each = min(map(len, nodes))
+    each = min(LATENCY_CORES, each) if latency else each
+    return replace(
+        config,
+        preset=None,
+        batch_size=1 if latency else config.batch_size,
+        num_instances=sum(len(node) // each for node in nodes),
+        cores_per_instance=each,
+        numa=True,
+    )
+
+
+def instance_cores(config: BenchmarkConfig) -> list[tuple[int, ...]]:
+    """The cores of each instance; where nothing is to be pinned, one instance on all.
+
+    Raises:
+        ConfigError: Cores that do not exist or are forbidden to this process, or too few.
+    """
+    cores = usable_cores(config)
     if not config.pinned:
         return [cores]
     wanted, each = config.num_instances, config.cores_per_instance

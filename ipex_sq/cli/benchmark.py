@@ -29,6 +29,7 @@ EXAMPLES = """\
   python benchmark.py --compare --workload lambada        # accuracy and documents/s in one table
   python benchmark.py --int8 --sq --peers openvino,onnxruntime,ctranslate2,pt2e
   python benchmark.py --int8 --num_instances 2 --cores_per_instance 1
+  python benchmark.py --int8 --preset latency             # single texts, 4 cores each, side by side
   python -m ipex_sq benchmark --model_path results/quantized/embedded --batch_size 8 \\
       --sequence_length 128 --padded
   python -m ipex_sq benchmark --random_weights bert-base --int8 --batch_size 8 \\
@@ -84,7 +85,7 @@ def command(arguments: Sequence[str]) -> None:
     flags = parser().parse_args(arguments)
     if flags.sq and not flags.int8:
         raise ConfigError("--sq smooths for INT8: add --int8")
-    config = build(BenchmarkConfig, flags)
+    asked = build(BenchmarkConfig, flags)
     check_output(flags.output)
 
     from ipex_sq.backends.registry import backends_to_compare
@@ -94,7 +95,7 @@ def command(arguments: Sequence[str]) -> None:
         int8_quants,
         peer_contenders,
     )
-    from ipex_sq.benchmarking.cores import instance_cores
+    from ipex_sq.benchmarking.cores import instance_cores, resolve_preset
     from ipex_sq.benchmarking.memory import check_memory
     from ipex_sq.benchmarking.run import run_benchmark
     from ipex_sq.evaluation.runs import describe_texts
@@ -104,6 +105,7 @@ def command(arguments: Sequence[str]) -> None:
     subject, folder = _subject(flags)
     texts = _texts(flags, subject)
     subject = replace(subject, texts=texts, calib_max_tokens=flags.calib_max_tokens)
+    config = resolve_preset(asked)
     instance_cores(config)  # refused before the work
     labels = ("int8", "int8+sq") if flags.compare else ("int8+sq" if flags.sq else "int8",)
     int8 = flags.int8 or (flags.compare and folder is None)

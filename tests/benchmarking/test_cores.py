@@ -6,7 +6,7 @@ import pytest
 
 from ipex_sq.benchmark_config import BenchmarkConfig
 from ipex_sq.benchmarking import cores
-from ipex_sq.benchmarking.cores import instance_cores, parse_cores, pinned
+from ipex_sq.benchmarking.cores import instance_cores, parse_cores, pinned, resolve_preset
 from ipex_sq.errors import ConfigError
 
 ALLOWED = tuple(range(8))
@@ -76,3 +76,29 @@ def test_the_affinity_of_this_process_comes_back():
     with pinned([one]):
         assert os.sched_getaffinity(0) == {one}
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize(
+    ("preset", "usable", "wanted"),
+    [
+        ("latency", None, [(0, 1, 4, 5), (2, 3, 6, 7)]),
+        ("latency", "0-2", [(0,), (1,), (2,)]),
+        ("latency", "0,1", [(0, 1)]),
+        ("throughput", None, [(0, 1, 4, 5), (2, 3, 6, 7)]),
+        ("throughput", "0,1,4,2", [(0,), (1,), (4,), (2,)]),
+    ],
+)
+@pytest.mark.usefixtures("eight_cores")
+def test_presets_use_equal_instances_within_nodes(preset, usable, wanted):
+    config = resolve_preset(BenchmarkConfig(preset=preset, cores=usable))
+    assert instance_cores(config) == wanted
+    assert (config.batch_size == 1) == (preset == "latency")
+
+
+def test_a_preset_is_not_mixed_with_what_it_sets():
+    with pytest.raises(ConfigError, match="--preset latency sets --batch_size"):
+        BenchmarkConfig(preset="latency", batch_size=4)
+    with pytest.raises(ConfigError, match="preset"):
+        BenchmarkConfig(preset="fast")
+    plain = BenchmarkConfig(batch_size=4)
+    assert resolve_preset(plain) is plain
