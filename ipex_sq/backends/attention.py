@@ -21,7 +21,7 @@ from torch._inductor.decomposition import select_decomp_table
 MOST_TOKENS = 256
 """Above, the scores of all pairs cost more memory traffic than the kernel saves."""
 
-VERSION = "ipex_sq batched attention 3"
+VERSION = "ipex_sq batched attention 4"
 """Part of Inductor's cache key: to be changed with `batched_attention`."""
 
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -70,9 +70,10 @@ def batched_attention(
     """
     batch, heads, tokens, size = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
-    if tokens == 1:  # a step of generation: as fast with the kernel, for any number of keys
+    if dropout_p or query.dtype != torch.bfloat16:
         return NotImplemented
-    if dropout_p or query.dtype != torch.bfloat16 or tokens > MOST_TOKENS or keys > MOST_TOKENS:
+    step = tokens == 1  # of generation: one text is as fast with the kernel, several are not
+    if (step and batch == 1) or (not step and (tokens > MOST_TOKENS or keys > MOST_TOKENS)):
         return NotImplemented
     rows = heads // key_heads * tokens  # heads that share keys become rows of one matmul
     scaled = query * (1.0 / math.sqrt(size) if scale is None else scale)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_sq.backends.row_kernels import RowLinear
+from ipex_sq.backends.row_kernels import MOST_ROWS, RowLinear
 from ipex_sq.models.caching import (
     KeysAndValues,
     LayerCache,
@@ -78,7 +78,7 @@ class _CompiledForward:
         self._names = tuple(inspect.signature(forward).parameters)
         self._index = layer_index(layer)
         self._unprepared: list[Any] = [
-            module for module in layer.modules() if hasattr(module, "keep_row")
+            module for module in layer.modules() if hasattr(module, "keep_rows")
         ]
 
     @cached_property
@@ -98,9 +98,9 @@ class _CompiledForward:
         shape = _hidden_shape(named)
         if past is None or shape[-2] != 1:
             return self._eager(*args, **kwargs)
-        if self._unprepared and shape[0] == 1:
+        if self._unprepared and shape[0] <= MOST_ROWS:
             for module in self._unprepared:
-                module.keep_row()
+                module.keep_rows()
             self._unprepared = []
         cache = named.pop(name)
         outputs, added = self._step(self._layer, self._eager.__func__, (name, past), named)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ipex_sq.backends.row_kernels import row_kernels_built
+from ipex_sq.backends.row_kernels import MOST_ROWS, row_kernels_built
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
     ACTIVATION_LEVELS,
@@ -88,8 +88,8 @@ class Int8Linear(nn.Module):
         input_zero_point: Scalar int32.
         weight_scale: `[out_features]`, fp32.
         bias: `[out_features]`, fp32, or None.
-        row_weight: int8 levels once more, `[out_features, in_features]`, for products of one row
-            (`row_kernels.py`); None until `keep_row`.
+        row_weight: int8 levels once more, `[out_features, in_features]`, for products of a few
+            rows (`row_kernels.py`); None until `keep_rows`.
         row_sums: `[out_features]` int32, sums over its rows.
     """
 
@@ -166,8 +166,8 @@ class Int8Linear(nn.Module):
         zero_point = torch.tensor(activation.zero_point, dtype=torch.int32)
         self.register_buffer("input_zero_point", zero_point)
 
-    def keep_row(self) -> None:
-        """Keep what the product of one row needs, where it is faster than oneDNN's."""
+    def keep_rows(self) -> None:
+        """Keep what products of a few rows need, where they are faster than oneDNN's."""
         if self.row_weight is None and row_kernels_built():
             self.row_weight = self.weight
             self.row_sums = self.row_weight.sum(dim=1, dtype=torch.int32)
@@ -194,8 +194,10 @@ class Int8Linear(nn.Module):
     def multiply(self, levels: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The product alone: uint8 levels `[..., in_features]` to `[..., out_features]`."""
         output: Tensor
-        if levels.shape[:-1].numel() == 1 and self.row_weight is not None:
-            output = torch.ops.ipex_sq.int8_row(
+        # A step of generation has one token of each text: no other graph is asked how many texts.
+        one_token = levels.ndim > 1 and levels.shape[-2] == 1
+        if one_token and levels.shape[0] <= MOST_ROWS and self.row_weight is not None:
+            output = torch.ops.ipex_sq.int8_rows(
                 levels,
                 self.input_scale,
                 self.input_zero_point,

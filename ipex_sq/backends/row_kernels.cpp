@@ -1,4 +1,4 @@
-// Linears of one row: the step of generate() for one text.
+// Linears of one row, or of a few: a step of generate().
 //
 // oneDNN takes 30 us to set a product up, more than reading a small weight takes, and reads bf16
 // weights at half the rate of memory. These loops are compiled for this CPU. The int8 sums are
@@ -38,16 +38,16 @@ float dot(const float* x, const uint16_t* w, int64_t size) {
 }
 
 at::Tensor empty_output(const at::Tensor& input, const at::Tensor& weight, at::ScalarType dtype) {
-  TORCH_CHECK(input.numel() == weight.size(1) && input.is_contiguous(), "one row is needed");
-  TORCH_CHECK(weight.is_contiguous(), "the weight must be contiguous");
+  TORCH_CHECK(input.size(-1) == weight.size(1), "input and weight differ in width");
+  TORCH_CHECK(input.is_contiguous() && weight.is_contiguous(), "both must be contiguous");
   auto sizes = input.sizes().vec();
   sizes.back() = weight.size(0);
   return at::empty(sizes, input.options().dtype(dtype));
 }
 
-// levels [..., in] uint8, one row; weight [out, in] int8; weight_sums [out] int32, its row sums;
+// levels [..., in] uint8; weight [out, in] int8; weight_sums [out] int32, its row sums;
 // weight_scale and bias [out] fp32; returns [..., out] fp32 or bf16.
-at::Tensor int8_row(
+at::Tensor int8_rows(
     const at::Tensor& levels,
     const at::Tensor& input_scale,
     const at::Tensor& input_zero_point,
@@ -58,6 +58,8 @@ at::Tensor int8_row(
     at::ScalarType dtype) {
   auto output = empty_output(levels, weight, dtype);
   const int64_t in_features = weight.size(1);
+  const int64_t out_features = weight.size(0);
+  const int64_t count = levels.numel() / in_features;
   const uint8_t* x = levels.const_data_ptr<uint8_t>();
   const int8_t* weights = weight.const_data_ptr<int8_t>();
   const int32_t* sums = weight_sums.const_data_ptr<int32_t>();
@@ -68,15 +70,17 @@ at::Tensor int8_row(
   const bool narrow = dtype == at::kBFloat16;
   float* wide_out = narrow ? nullptr : output.mutable_data_ptr<float>();
   c10::BFloat16* narrow_out = narrow ? output.mutable_data_ptr<c10::BFloat16>() : nullptr;
-  at::parallel_for(0, weight.size(0), kRowsPerTask, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, out_features, kRowsPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int32_t sum = dot(x, weights + row * in_features, in_features);
-      float y = static_cast<float>(sum - zero_point * sums[row]) * (scale * scales[row]);
-      if (biases) y += biases[row];
-      if (narrow) {
-        narrow_out[row] = y;
-      } else {
-        wide_out[row] = y;
+      for (int64_t item = 0; item < count; ++item) {
+        const int32_t sum = dot(x + item * in_features, weights + row * in_features, in_features);
+        float y = static_cast<float>(sum - zero_point * sums[row]) * (scale * scales[row]);
+        if (biases) y += biases[row];
+        if (narrow) {
+          narrow_out[item * out_features + row] = y;
+        } else {
+          wide_out[item * out_features + row] = y;
+        }
       }
     }
   });
@@ -85,6 +89,7 @@ at::Tensor int8_row(
 
 // x [..., in] bf16, one row; weight [out, in] bf16; returns [..., out] bf16, summed in fp32.
 at::Tensor bf16_row(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(x.numel() == weight.size(1), "one row is needed");
   auto output = empty_output(x, weight, at::kBFloat16);
   const int64_t in_features = weight.size(1);
   const auto wide = x.to(at::kFloat);
@@ -104,10 +109,10 @@ at::Tensor bf16_row(const at::Tensor& x, const at::Tensor& weight) {
 
 TORCH_LIBRARY_FRAGMENT(ipex_sq, library) {
   library.def(
-      "int8_row(Tensor levels, Tensor input_scale, Tensor input_zero_point, Tensor weight, "
+      "int8_rows(Tensor levels, Tensor input_scale, Tensor input_zero_point, Tensor weight, "
       "Tensor weight_sums, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor");
   library.impl(
-      "int8_row", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, int8_row));
+      "int8_rows", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, int8_rows));
   library.def("bf16_row(Tensor x, Tensor weight) -> Tensor");
   library.impl(
       "bf16_row", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, bf16_row));

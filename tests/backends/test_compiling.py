@@ -8,6 +8,7 @@ from torch import nn
 from ipex_sq import QuantConfig, quantize
 from ipex_sq.backends.compiling import compile_layers, find_layers
 from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.backends.row_kernels import MOST_ROWS
 from ipex_sq.models.running import run_model
 from ipex_sq.models.tiny import tiny_model
 
@@ -67,15 +68,15 @@ def test_other_ways_to_generate_say_the_same(options):
     assert torch.equal(_generate(compile_layers(tiny_model("llama")), prompt, **options), wanted)
 
 
-def test_a_generated_token_runs_the_row_kernel(batches, monkeypatch):
+def test_generated_tokens_run_the_row_kernel(batches, monkeypatch):
     called = []
-    kept = Int8Linear.keep_row
-    monkeypatch.setattr(Int8Linear, "keep_row", lambda self: (called.append(self), kept(self))[1])
+    kept = Int8Linear.keep_rows
+    monkeypatch.setattr(Int8Linear, "keep_rows", lambda self: (called.append(self), kept(self))[1])
     model = quantize(tiny_model("llama"), batches, QuantConfig(backend="native"))
     run_model(model, batches[0])
+    _generate(model, torch.arange(3, 12)[None].repeat(MOST_ROWS + 1, 1))
+    assert not called, "more rows go through oneDNN"
     _generate(model, torch.arange(3, 12)[None].repeat(2, 1))
-    assert not called, "one row is the step of a single text only"
-    _generate(model, torch.arange(3, 12)[None])
     linears = [module for module in model.modules() if isinstance(module, Int8Linear)]
     assert set(map(id, called)) == set(map(id, linears))
     assert all(linear.row_weight is not None for linear in linears)

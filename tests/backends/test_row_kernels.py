@@ -19,7 +19,7 @@ def test_the_kernels_build_here():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_int8_row_is_that_row_of_many(shape, biased, dtype):
+def test_rows_of_a_step_are_those_of_many(shape, biased, dtype):
     torch.manual_seed(0)
     out_features, in_features = shape
     weight = torch.randint(-127, 128, shape, dtype=torch.int8)
@@ -27,10 +27,12 @@ def test_one_int8_row_is_that_row_of_many(shape, biased, dtype):
     linear = Int8Linear(weight, torch.rand(out_features) * 1e-2, bias)
     linear.set_input(ActivationQParams(0.03, 100), None)
     linear.output_dtype = dtype
-    x = torch.randn(1, 3, in_features)
+    x = torch.randn(5, 3, in_features)
     many = linear(x)
-    linear.keep_row()
+    linear.keep_rows()
     rows = torch.cat([linear(x[:, at : at + 1]) for at in range(3)], dim=1)
+    single = torch.cat([linear(x[at : at + 1, :1]) for at in range(5)])
+    assert torch.equal(single, rows[:, :1])
     # The sums are the same integers; scaling them may round in another order.
     bound = {torch.bfloat16: 2**-8, torch.float32: 2**-22}[dtype]
     assert (rows - many).abs().max() <= bound * many.abs().max()
@@ -41,7 +43,7 @@ def test_the_largest_sums_are_exact():
     weight = torch.full((2, 4096), 127, dtype=torch.int8)
     linear = Int8Linear(weight, torch.ones(2), None)
     linear.set_input(ActivationQParams(1.0, 0), None)
-    linear.keep_row()
+    linear.keep_rows()
     assert linear(torch.full((1, 4096), 255.0)).tolist() == [[127 * 255 * 4096.0] * 2]
 
 
