@@ -10,6 +10,7 @@ from torch import nn
 from ipex_sq.backends.base import DTYPES, Backend, Example
 from ipex_sq.backends.compiling import compile_layers, compiler_problem
 from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
+from ipex_sq.errors import ConfigError
 from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.qparams import quantize_weight
@@ -78,4 +79,14 @@ def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
         config.use_cache = (
             False  # a plain call scores text, compiled; generate() has its own setting
         )
+    model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return compile_layers(model)
+
+
+def _refuse_to_save(*_args: Any, **_options: Any) -> None:
+    """In the place of transformers' method, which would leave out weights and plan.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError("a model that was just quantized is saved by ipex_sq.save(model, folder)")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from ipex_sq.benchmark_config import PREFILL, BenchmarkConfig
+from ipex_sq.benchmark_config import DECODE, PREFILL, BenchmarkConfig
 from ipex_sq.benchmarking.contenders import Contender
 from ipex_sq.benchmarking.limits import BYTES
 from ipex_sq.benchmarking.subjects import Subject
@@ -29,6 +29,8 @@ def needed_bytes(timed: Sequence[Contender], subject: Subject, config: Benchmark
     for contender in timed:
         weights = size.parameters * BYTES[contender.precision]
         logits = positions * size.outputs * BYTES[contender.float_precision]
+        if config.workload == DECODE and contender.precision == "int8":
+            weights *= 2  # rows are multiplied from a copy in another layout
         resident += weights + logits + PROCESS_BYTES
     return config.num_instances * (resident + PREPARING * 4 * size.parameters)
 

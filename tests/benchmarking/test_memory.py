@@ -6,11 +6,12 @@ import psutil
 import pytest
 
 from ipex_sq.benchmark_config import BenchmarkConfig
-from ipex_sq.benchmarking.contenders import contenders
+from ipex_sq.benchmarking.contenders import Contender, contenders
 from ipex_sq.benchmarking.memory import needed_bytes
 from ipex_sq.benchmarking.subjects import RANDOM, Subject
 from ipex_sq.cli import benchmark
 from ipex_sq.cli.running import run
+from ipex_sq.config import QuantConfig
 from ipex_sq.models.sizes import named_size, shape_size
 from ipex_sq.models.tiny import tiny_model
 
@@ -35,6 +36,10 @@ def test_more_of_anything_needs_more():
     decoder = Subject("opt-125m", RANDOM)
     some = needed_bytes(timed, decoder, BenchmarkConfig(logits="last"))
     assert some < needed_bytes(timed, decoder, BenchmarkConfig(logits="all"))
+    int8 = [Contender("int8", "native", "int8", QuantConfig(backend="native"))]
+    step = needed_bytes(int8, decoder, BenchmarkConfig(workload="decode"))
+    last = needed_bytes(int8, decoder, BenchmarkConfig(logits="last"))
+    assert step - last == shape_size("opt-125m").parameters
 
 
 def test_the_error_has_both_numbers(monkeypatch, capsys):

@@ -54,6 +54,12 @@ def copy(saved, tmp_path):
     return save(saved[0], tmp_path / "copy", max_shard_size=SHARDS)
 
 
+def test_a_model_that_was_just_quantized_says_how_it_is_saved(saved, tmp_path):
+    with pytest.raises(ConfigError, match=r"ipex_sq\.save"):
+        saved[0].save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", [*CORE_FAMILIES, "gpt2", "gptj"])
 def test_from_pretrained_computes_the_same_bits(family, dtype, batches, unseen, tmp_path):
