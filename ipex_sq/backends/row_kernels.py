@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ipex_sq.system import cache_directory, cpu_flags
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("row_kernels.cpp")
@@ -19,6 +22,12 @@ MOST_ROWS = 16
 oneDNN's 105 to 138; on its own, everything in cache, oneDNN is faster from about 12 rows on."""
 
 FLAGS = ["-O3", "-march=native", "-fopenmp"]
+
+
+def build_directory() -> Path:
+    """Folder of the built library: one for each CPU and torch, as hosts may share a home."""
+    of = " ".join([torch.__version__, *sorted(cpu_flags())])
+    return cache_directory() / f"row_kernels-{hashlib.sha256(of.encode()).hexdigest()[:16]}"
 
 
 @cache
@@ -31,12 +40,22 @@ def row_kernels_built() -> bool:
 
     try:
         import ninja
+        from filelock import FileLock
 
         # An environment that is run without being activated has ninja, but not on its path.
         os.environ["PATH"] = os.pathsep.join((str(ninja.BIN_DIR), os.environ.get("PATH", "")))
-        cpp_extension.load(
-            "ipex_sq_row_kernels", [str(SOURCE)], extra_cflags=FLAGS, is_python_module=False
-        )
+        folder = build_directory()
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "building"):
+            # torch waits for this file forever; whoever left it is dead, as we hold the other.
+            (folder / "lock").unlink(missing_ok=True)
+            cpp_extension.load(
+                "ipex_sq_row_kernels",
+                [str(SOURCE)],
+                extra_cflags=FLAGS,
+                build_directory=str(folder),
+                is_python_module=False,
+            )
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().splitlines()[0]
         logger.warning(

@@ -1,9 +1,14 @@
 """Products of one row agree with those of many."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+from ipex_sq.backends import row_kernels
 from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.row_kernels import RowLinear, row_kernels_built
 from ipex_sq.recipe.qparams import ActivationQParams
@@ -14,6 +19,25 @@ SHAPES = [(8, 16), (65, 100), (192, 576)]
 
 def test_the_kernels_build_here():
     assert row_kernels_built()
+
+
+def test_another_cpu_builds_its_own(monkeypatch):
+    here = row_kernels.build_directory()
+    monkeypatch.setattr(row_kernels, "cpu_flags", lambda: frozenset({"avx2"}))
+    assert row_kernels.build_directory() != here
+
+
+BUILD = """
+from ipex_sq.backends.row_kernels import build_directory, row_kernels_built
+build_directory().mkdir(parents=True)
+(build_directory() / "lock").touch()
+assert row_kernels_built()
+"""
+
+
+def test_a_killed_build_does_not_block_the_next(tmp_path):
+    environment = {**os.environ, "IPEX_SQ_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", BUILD], env=environment, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
