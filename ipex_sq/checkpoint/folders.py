@@ -13,6 +13,9 @@ from typing import Any
 from ipex_sq.errors import CheckpointError, ConfigError
 
 MANIFEST = "ipex_sq.json"
+CONFIG = "config.json"
+PLAN_JSON = "quant_plan.json"
+QUANT_METHOD = "ipex_sq"
 FORMAT_VERSION = 3
 _FIELDS = frozenset(
     (

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ipex_sq.checkpoint.folders import read_manifest
+from ipex_sq.checkpoint.folders import CONFIG, PLAN_JSON, read_manifest
 from ipex_sq.errors import CheckpointError
 from ipex_sq.system import package_versions
 
 _WEIGHTS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".gguf"}
 )
-_GUARDED_NAMES = ("config.json", "quant_plan.json")
+_GUARDED_NAMES = (CONFIG, PLAN_JSON)
 
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 by file name of what decides on numbers: weights, indices, plan, config."""
-    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if _guarded(path)}
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if _guarded(path)}
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def check_file(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks {name}: copy the whole folder again")
-    if _sha256(path) != manifest["sha256"].get(name):
+    if file_sha256(path) != manifest["sha256"].get(name):
         raise CheckpointError(f"{path} is truncated or changed: copy it again")
 
 
@@ -84,6 +84,14 @@ def _guarded(path: Path) -> bool:
     return path.suffix in _WEIGHTS or name in _GUARDED_NAMES or name.endswith(".index.json")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

@@ -7,11 +7,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ipex_sq.checkpoint.folders import PLAN_JSON
 from ipex_sq.errors import CheckpointError
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.plan_files import plan_from_json, plan_tensors, plan_to_json
 
-PLAN_JSON = "quant_plan.json"
 PLAN_TENSORS = "quant_plan.safetensors"
 
 

@@ -14,13 +14,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ipex_sq.checkpoint.folders import FORMAT_VERSION
+from ipex_sq.checkpoint.folders import FORMAT_VERSION, QUANT_METHOD
 from ipex_sq.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from ipex_sq.checkpoint.assembling import SavedModel
 
-QUANT_METHOD = "ipex_sq"
 _HOSTS = {"None", "cpu", "auto", "balanced", "balanced_low_0", "sequential"}
 
 logger = logging.getLogger(__name__)

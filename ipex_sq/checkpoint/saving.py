@@ -18,7 +18,14 @@ from ipex_sq.backends.ipex import IpexBackend, load_graph, tracing_inputs, warm_
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.checkpoint.card import model_card
-from ipex_sq.checkpoint.folders import FORMAT_VERSION, read_manifest, replace_folder, write_manifest
+from ipex_sq.checkpoint.folders import (
+    CONFIG,
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    read_manifest,
+    replace_folder,
+    write_manifest,
+)
 from ipex_sq.checkpoint.integrity import check_file, check_folder, check_transformers, digests
 from ipex_sq.checkpoint.plans import load_plan, save_plan
 from ipex_sq.checkpoint.shards import MAX_SHARD_SIZE, Shards, write_shards
@@ -28,7 +35,6 @@ from ipex_sq.models.loading import load_quantized, skeleton, task_of
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.system import package_versions
 
-CONFIG = "config.json"
 GRAPH = "graph.pt"
 _FORMAL_OPTIONS = frozenset({"is_main_process", "safe_serialization"})
 """Arguments of transformers' `save_pretrained` that change nothing where they are True."""
@@ -171,7 +177,7 @@ def _write_configs(model: nn.Module, kind: str, folder: Path) -> None:
         key = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # transformers 5 or 4
         document[key] = str(DTYPES[str(model.quant_dtype)]).removeprefix("torch.")
     document["quantization_config"] = {
-        "quant_method": "ipex_sq",
+        "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "backend": kind,
         "dtype": model.quant_dtype,

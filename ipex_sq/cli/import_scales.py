@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from ipex_sq.cli.flags import Parser
 from ipex_sq.cli.running import check_output, show, write_atomically
 from ipex_sq.config import EMBEDDED
-from ipex_sq.errors import CheckpointError
 
 DESCRIPTION = """\
 Read the activation scales that the authors of SmoothQuant publish (torch.save of the largest
@@ -53,6 +51,7 @@ def command(arguments: Sequence[str]) -> None:
 
     import torch
 
+    from ipex_sq.checkpoint.integrity import file_sha256
     from ipex_sq.models.identity import model_sha256, tokenizer_sha256
     from ipex_sq.models.importing import read_absmax, stats_of_absmax
     from ipex_sq.models.loading import load_model
@@ -65,7 +64,7 @@ def command(arguments: Sequence[str]) -> None:
     model, tokenizer = load_model(flags.model)
     identity = {"name": flags.model, "sha256": model_sha256(model)}
     linears = stats_of_absmax(model, absmax, str(path))
-    source: dict[str, Any] = {"imported": path.name, "sha256": _sha256(path), "ranges": RANGES}
+    source: dict[str, Any] = {"imported": path.name, "sha256": file_sha256(path), "ranges": RANGES}
     source |= dict.fromkeys(("texts", "tokens"))  # not published
     ids = torch.tensor([tokenizer(EXAMPLE)["input_ids"]])
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -82,11 +81,3 @@ def command(arguments: Sequence[str]) -> None:
     }
     table = f"{output}: {len(linears)} Linears of {flags.model} from {path}; ranges {RANGES}"
     show(table, result, None)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
