@@ -63,7 +63,6 @@ class SampleRecorder:
     def __init__(self, groups: Sequence[SmoothGroup], share: float) -> None:
         self.predictions = 0
         self._groups, self._share = groups, share
-        self._generator = torch.Generator().manual_seed(0)
         self._inputs: dict[str, list[Tensor]] = {group.key: [] for group in groups}
         self._gradients: dict[str, list[Tensor]] = {
             name: [] for group in groups for name in group.readers
@@ -76,11 +75,9 @@ class SampleRecorder:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             rows = args[0].detach().reshape(-1, args[0].shape[-1])
             if name == group.key:  # the readers run in this order, on the same tensor
-                count = max(1, round(self._share * rows.shape[0]))
-                self._picks[group.key] = torch.randperm(rows.shape[0], generator=self._generator)[
-                    :count
-                ]
-                self._inputs[group.key].append(rows[self._picks[group.key]].float())
+                inputs = self._inputs[group.key]
+                self._picks[group.key] = self._drawn(rows.shape[0], text=len(inputs))
+                inputs.append(rows[self._picks[group.key]].float())
             picks = self._picks[group.key]
             gradients = self._gradients[name]
             place = len(gradients)
@@ -92,6 +89,11 @@ class SampleRecorder:
             output.register_hook(keep)  # type: ignore[no-untyped-call]
 
         return hook
+
+    def _drawn(self, rows: int, text: int) -> Tensor:
+        """The same rows whichever order the groups are run in: blocks may be run one by one."""
+        generator = torch.Generator().manual_seed(text)
+        return torch.randperm(rows, generator=generator)[: max(1, round(self._share * rows))]
 
     def finish(self) -> dict[str, GroupSample]:
         """The samples by group key; a group that was never reached has none."""
