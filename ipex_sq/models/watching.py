@@ -58,10 +58,12 @@ class Watch(TorchFunctionMode):
 
     def start_linear(self, name: str, x: Tensor) -> None:
         """A Linear begins to read `x`."""
+        self._inside += 1
+        if x.numel() == 0:
+            return  # an expert that no token was sent to
         source = self._source(x)
         source.readers.append(name)
         self.reads[name].append(source)
-        self._inside += 1
 
     def end_linear(self, name: str, output: Tensor) -> None:
         """It has written `output`."""

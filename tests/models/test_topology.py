@@ -139,3 +139,30 @@ def test_a_norm_that_a_residual_reads_cannot_fold(residual):
 def test_a_model_without_linears_is_refused():
     with pytest.raises(UnsupportedModelError, match="no Linear"):
         quantizable_linears(nn.Sequential(nn.LayerNorm(4)))
+
+
+class _Experts(nn.Module):
+    """Two Linears that share the rows, as experts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ModuleList([nn.Linear(8, 8, bias=False) for _ in range(2)])
+        self.down = nn.ModuleList([nn.Linear(8, 8, bias=False) for _ in range(2)])
+
+    def forward(self, input_ids):
+        x = torch.nn.functional.one_hot(input_ids, 8).float()
+        rows = [x[input_ids % 2 == expert] for expert in range(2)]
+        outputs = [self.down[e](self.up[e](rows[e]).relu()) for e in range(2)]
+        return (torch.cat(outputs),)
+
+
+def test_an_expert_without_tokens_waits_for_a_text_that_reaches_it():
+    texts = [{"input_ids": torch.tensor([ids])} for ids in ([0, 2, 4], [1, 3, 5])]
+    torch.manual_seed(0)
+    groups = find_topology(_Experts(), texts).groups
+    assert {group.key: group.producer for group in groups} == {
+        "up.0": None,
+        "down.0": "up.0",
+        "up.1": None,
+        "down.1": "up.1",
+    }
