@@ -16,6 +16,7 @@ from ipex_sq.cli import (
     import_scales,
     plant_outliers,
     quantize,
+    random_weights,
     sensitivity,
 )
 from ipex_sq.cli.running import run
@@ -32,6 +33,7 @@ COMMANDS = {
     "generate_scales": generate_scales.command,
     "import_scales": import_scales.command,
     "quantize": quantize.command,
+    "random_weights": random_weights.command,
     "evaluate": evaluate.command,
 }
 

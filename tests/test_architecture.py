@@ -18,6 +18,7 @@ LEVELS = [
     {"report"},
     {"benchmarking"},
     {"evaluation"},
+    {"streaming"},
     {"checkpoint"},
     {"backends"},
     {"models", "data"},

@@ -66,8 +66,7 @@ def int8_linear(model: nn.Module, plan: QuantPlan, name: str) -> Int8Linear:
 def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
     """Cast what stays float, share what readers of one tensor share, and compile."""
     lowered = {name: model.get_submodule(name) for name in plan.int8_names}
-    kept = {id(tensor) for module in lowered.values() for tensor in module.buffers()}
-    model._apply(lambda t: t if id(t) in kept or not t.is_floating_point() else t.to(DTYPES[dtype]))
+    cast_float(model, dtype)
     for name, module in lowered.items():
         module.output_dtype = DTYPES[dtype]  # type: ignore[assignment]
         first = lowered[plan.linears[name].group]
@@ -81,6 +80,15 @@ def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
         )
     model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return compile_layers(model)
+
+
+def cast_float(module: nn.Module, dtype: str) -> None:
+    """Cast, in place, all that is not part of an int8 Linear."""
+    lowered = [item for item in module.modules() if isinstance(item, Int8Linear)]
+    kept = {id(tensor) for item in lowered for tensor in item.buffers()}
+    module._apply(
+        lambda t: t if id(t) in kept or not t.is_floating_point() else t.to(DTYPES[dtype])
+    )
 
 
 def _refuse_to_save(*_args: Any, **_options: Any) -> None:

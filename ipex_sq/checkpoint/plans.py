@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ipex_sq.checkpoint.folders import PLAN_JSON
+from ipex_sq.checkpoint.shards import write_safetensors
 from ipex_sq.errors import CheckpointError
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.plan_files import plan_from_json, plan_tensors, plan_to_json
@@ -18,7 +19,7 @@ PLAN_TENSORS = "quant_plan.safetensors"
 def save_plan(plan: QuantPlan, folder: Path) -> None:
     """Write the plan's two files."""
     (folder / PLAN_JSON).write_text(plan_to_json(plan) + "\n", encoding="utf-8")
-    save_file(plan_tensors(plan), folder / PLAN_TENSORS)
+    write_safetensors(plan_tensors(plan), folder / PLAN_TENSORS)
 
 
 def load_plan(folder: Path) -> QuantPlan:

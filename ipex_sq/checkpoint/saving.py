@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,22 +81,51 @@ def save(
         raise ConfigError("only int8 models of the native and ipex backends can be saved")
     origin = dict(getattr(model, "made_from", {}) if made_from is None else made_from)
 
+    def write_weights(scratch: Path) -> None:
+        if kind == IpexBackend.name:
+            body: Any = model.base_model
+            torch.jit.save(body.run, str(scratch / GRAPH))
+        write_shards(stored_tensors(model), scratch, max_shard_size)
+
+    write_folder(model, target, tokenizer, origin=origin, write_weights=write_weights)
+    return target
+
+
+def write_folder(
+    model: nn.Module,
+    target: Path,
+    tokenizer: Any,
+    *,
+    origin: Mapping[str, Any],
+    write_weights: Callable[[Path], None],
+) -> None:
+    """Write everything of a checkpoint, weights by `write_weights`, as a whole or not at all.
+
+    Args:
+        model: With the attributes `quant_plan` and `quant_dtype`; its weights are not touched.
+        target: The folder.
+        tokenizer: Or None.
+        origin: What the float model was.
+        write_weights: Is given the folder to write into.
+
+    Raises:
+        ConfigError: The folder is not ours to write.
+    """
+    plan, kind = model.quant_plan, _kind(model) or NativeBackend.name
+    assert isinstance(plan, QuantPlan)  # noqa: S101
+
     def write(scratch: Path) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         _write_configs(model, kind, scratch)
         save_plan(plan, scratch)
-        if kind == IpexBackend.name:
-            body: Any = model.base_model
-            torch.jit.save(body.run, str(scratch / GRAPH))
-        write_shards(_tensors(model), scratch, max_shard_size)
-        manifest = {**_manifest(model, kind, scratch), "made_from": origin}
+        write_weights(scratch)
+        manifest = {**_manifest(model, kind, scratch), "made_from": dict(origin)}
         card = model_card(plan, manifest, target.name)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         write_manifest(scratch, manifest)
 
     replace_folder(target, write)
-    return target
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -151,15 +180,19 @@ def _kind(model: nn.Module) -> str | None:
     return None
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """int8 Linears, and everything float; tied weights once."""
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """int8 Linears, and everything float that is in memory; tied weights once.
+
+    Not those of a body that is a graph, nor what is on the meta device.
+    """
     modules = dict(model.named_modules())
     int8 = {name: item for name, item in modules.items() if isinstance(item, Int8Linear)}
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
+    graph = f"{getattr(model, 'base_model_prefix', '')}.run."
     for name, tensor in model.state_dict(keep_vars=True).items():
-        inside = name.rpartition(".")[0] in int8
-        if inside or name.startswith(f"{model.base_model_prefix}.run.") or id(tensor) in seen:
+        inside = name.rpartition(".")[0] in int8 or name.startswith(graph)
+        if inside or tensor.is_meta or id(tensor) in seen:
             continue
         seen.add(id(tensor))
         found[name] = tensor.detach().contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,13 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
 
 
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one file, which everybody may read: safetensors makes it its owner's alone."""
+    held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(held, path, metadata={"format": "pt"})
+    path.chmod(0o644)
+
+
 def write_shards(
     tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
@@ -29,12 +36,23 @@ def write_shards(
         dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size
     )
     for file, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name] for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        write_safetensors({name: tensors[name] for name in names}, folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=1, sort_keys=True) + "\n"
         (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def write_index(folder: Path, files: Sequence[str]) -> None:
+    """Write transformers' list of which of `files` holds which tensor."""
+    places: dict[str, str] = {}
+    for file in files:
+        with _opened(folder / file) as opened:
+            places |= dict.fromkeys(opened.keys(), file)
+    size = sum((folder / file).stat().st_size for file in files)
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    text = json.dumps(index, indent=1, sort_keys=True) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
 
 
 class Shards:
@@ -66,13 +84,17 @@ class Shards:
         Raises:
             CheckpointError: A file cannot be read.
         """
-        found: dict[str, Tensor] = {}
         names = [name for name in self._files if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.named(names).items()}
+
+    def named(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors called `names`, as `read` gives them."""
+        found: dict[str, Tensor] = {}
         for path in sorted({self._files[name] for name in names}):
             with _opened(path) as file:
                 for name in names:
                     if self._files[name] == path:
-                        found[name.removeprefix(prefix)] = file.get_tensor(name)
+                        found[name] = file.get_tensor(name)
         return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ipex_sq.cli.flags import Parser, build
+from ipex_sq.cli.flags import Parser, argument, build
 from ipex_sq.cli.running import check_output, findable, show
 from ipex_sq.config import (
     DataConfig,
@@ -74,19 +74,12 @@ def add_alpha(flags: Parser) -> None:
     """Add --alpha, whose default says nothing so that it can be refused without SmoothQuant."""
     flags.add_flag(
         "alpha",
-        type=_alpha,
+        type=argument(parse_alpha),
         default=None,
         metavar="ALPHA",
         help=f"{setting_help(QuantConfig, 'alpha')} (default: {QuantConfig.alpha}; the paper's is "
         "0.5)",
     )
-
-
-def _alpha(text: str) -> float | str:
-    try:
-        return parse_alpha(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def command(arguments: Sequence[str]) -> None:

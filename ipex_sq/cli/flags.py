@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
@@ -56,6 +57,18 @@ class Parser(argparse.ArgumentParser):
             if setting.default is not None and "action" not in options:
                 text += f" (default: {setting.default})"
             self.add_flag(setting.name, default=setting.default, help=text, **options)
+
+
+def argument(parse: Callable[[str], Config]) -> Callable[[str], Config]:
+    """The same parser of a flag's text, with errors that argparse prefixes with the flag."""
+
+    def parsed(text: str) -> Config:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
 
 
 def build(config_class: type[Config], arguments: argparse.Namespace, **changes: Any) -> Config:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ipex_sq.cli import quantize_streamed
 from ipex_sq.cli.eval_lambada import add_alpha
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, findable, show
@@ -18,6 +19,10 @@ DESCRIPTION = """\
 Quantize a sequence classifier to static INT8 (W8A8), with SmoothQuant unless --no_sq, and save it
 in a folder of its name below --output_dir, ready for `evaluate` and `benchmark`. Statistics come
 from a file of `generate-scales`, or are gathered now. stdout ends in one JSON line.
+
+With --max_memory it quantizes the folder of a language model instead, one block in memory at a
+time: `quantize --max_memory 8GiB --help`. (A language model that fits in memory is quantized and
+saved by eval_lambada.py --int8 --sq --output_dir.)
 """
 
 EXAMPLES = """\
@@ -25,6 +30,7 @@ EXAMPLES = """\
   python -m ipex_sq quantize --act_scales_path act_scales/embedded.json --alpha 0.5
   python -m ipex_sq quantize --model bert-base-uncased --alpha 0.5 \\
       --act_scales_path act_scales/bert-base-uncased.json --output_dir results/quantized
+  python -m ipex_sq quantize --max_memory 8GiB --model bloom-7b1   # a language model, in pieces
 """
 
 PAPER_ALPHA = 0.5
@@ -59,6 +65,9 @@ def command(arguments: Sequence[str]) -> None:
     Raises:
         IpexSqError: Anything that a user can mend; nothing is half-written.
     """
+    if quantize_streamed.is_meant(arguments):
+        quantize_streamed.command(arguments)
+        return
     flags = parser().parse_args(arguments)
     config, data = _config(flags), build(ReviewConfig, flags)
     check_output(flags.output)

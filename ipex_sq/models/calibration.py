@@ -18,14 +18,13 @@ from ipex_sq.errors import CheckpointError
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import smoothed_linear
 from ipex_sq.models.identity import model_sha256, tokenizer_sha256
-from ipex_sq.models.onednn import calibration_dtype, onednn_linears
+from ipex_sq.models.onednn import calibration_dtype, fits_packed, onednn_linears
 from ipex_sq.models.running import run_body
 from ipex_sq.models.sampling import sample_groups, set_apart
 from ipex_sq.models.topology import find_topology
 from ipex_sq.recipe.batching import Batch, without_padding
 from ipex_sq.recipe.gptq import (
-    MOST_HESSIAN_BYTES,
-    hessian_bytes,
+    fit_hessians,
     joined_hessians,
     record_hessians,
 )
@@ -70,9 +69,10 @@ def calibrate(
     names = [name for group in topology.groups for name in group.readers]
     linears = {name: smoothed_linear(model, name) for name in names}
     readers = {group.key: linears[group.key] for group in topology.groups} if hessians else {}
-    if hessian_bytes(readers.values()) > MOST_HESSIAN_BYTES:
+    if not fit_hessians(linear.in_features for linear in readers.values()):
         readers = {}
-    seen = _observe(model, rows, linears, readers)
+    packed = fits_packed(linear.weight.numel() for linear in linears.values())
+    seen = observe(model, rows, linears, readers=readers, packed=packed)
     stats = ActStats(
         linears=seen.linears,
         groups=topology.groups,
@@ -89,8 +89,8 @@ def calibrate(
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What the pass has seen: see `ActStats`, and the dtype that Linears multiplied in."""
+class Observed:
+    """What a pass has seen: see `ActStats`, and the dtype that Linears multiplied in."""
 
     linears: Mapping[str, LinearStats]
     unsampled: Mapping[str, LinearStats]
@@ -98,19 +98,29 @@ class _Seen:
     dtype: torch.dtype
 
 
-def _observe(
+def observe(
     model: nn.Module,
     rows: Sequence[Batch],
     linears: Mapping[str, nn.Linear],
+    *,
     readers: Mapping[str, nn.Linear],
-) -> _Seen:
-    """Run all texts, those that will be sampled last; `readers` are those to take Hessians of."""
+    packed: bool,
+) -> Observed:
+    """Run all texts, those that will be sampled last, and record what enters `linears`.
+
+    Args:
+        model: Holds the Linears.
+        rows: Unpadded batches.
+        linears: By path.
+        readers: Those of them to take Hessians of, by group key.
+        packed: Multiply with oneDNN, in bf16 where the CPU does so in hardware.
+    """
     unsampled, sampled = set_apart(rows)
     ordered = [*unsampled, *sampled]
     before = accumulate((_tokens([batch]) for batch in ordered), initial=0)
     placed = list(zip(before, ordered, strict=False))
     with (
-        onednn_linears(linears.values(), calibration_dtype()) as dtype,
+        onednn_linears(linears.values() if packed else (), calibration_dtype()) as dtype,
         record_stats(linears) as recorder,
         record_hessians(readers, _tokens(rows)) as recorders,
         torch.no_grad(),
@@ -126,7 +136,7 @@ def _observe(
         without_sampled = recorder.so_far()
         _run_shared(placed[len(unsampled) :], run, "calibrate")
         recorder.merge(gather(recorder.so_far()))
-    return _Seen(recorder.finish(), without_sampled, joined_hessians(recorders), dtype)
+    return Observed(recorder.finish(), without_sampled, joined_hessians(recorders), dtype)
 
 
 def _tokens(rows: Sequence[Batch]) -> int:
@@ -183,8 +193,9 @@ def clipped_ranges(
     """Second pass, over the smoothed model: the clipped range of every static Linear's input."""
     linears = {name: smoothed_linear(model, name) for name in plan.names(STATIC_INT8)}
     ranges = {name: _planned_range(plan, name) for name in linears}
+    packed = fits_packed(linear.weight.numel() for linear in linears.values())
     with (
-        onednn_linears(linears.values(), calibration_dtype()),
+        onednn_linears(linears.values() if packed else (), calibration_dtype()),
         record_histograms(linears, ranges) as histograms,
         torch.no_grad(),
     ):

@@ -17,6 +17,14 @@ def convert_conv1d(model: nn.Module) -> nn.Module:
     return model
 
 
+def conv1d_weights(model: nn.Module) -> list[str]:
+    """Names of the weights of the Conv1D modules of `model`, `[in_features, out_features]`."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    return [f"{name}.weight" for name in found]
+
+
 def _linear(conv: nn.Module) -> nn.Linear:
     weight, bias = conv.weight, conv.bias
     assert isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)  # noqa: S101, PT018

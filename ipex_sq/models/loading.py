@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,52 @@ def skeleton(folder: Path, attention: str, task: str = CAUSAL_LM) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: no model can be built: {_first_line(error)}") from error
     return convert_conv1d(model).eval()
+
+
+def float_skeleton(folder: str) -> nn.Module:
+    """The language model whose fp32 weights `load_model` would load, on the meta device.
+
+    Conv1D modules are not converted; buffers that no checkpoint holds are real.
+
+    Raises:
+        UnsupportedModelError: It is not a causal language model.
+    """
+    import transformers.modeling_utils  # noqa: F401  # before the empty weights: see sizes.py
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    options: dict[str, Any] = {"local_files_only": True}
+    with loading_errors(folder, "causal language model"):
+        config = AutoConfig.from_pretrained(folder, **options)
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32)
+        if (Path(folder) / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder, **options)
+            model.generation_config = generation  # type: ignore[assignment]
+    tie: Any = model.tie_weights
+    tie()  # empty weights come untied
+    return model.eval()
+
+
+def loaded_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """How a checkpoint calls the parameters of `model`, by the model's name.
+
+    transformers 5 renames on loading (GPT-NeoX) and joins tensors (Mixtral's experts); those that
+    are joined are left out.
+    """
+    try:
+        from transformers import conversion_mapping, core_model_loading
+    except ImportError:  # transformers 4
+        return {name: name for name in stored}
+    rules = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
+    found = {}
+    for name in stored:
+        renamed, joined = core_model_loading.rename_source_key(name, renamings, converters)
+        if joined is None:
+            found[renamed] = name
+    return found
 
 
 def load_quantized(folder: Path, attention: str, task: str) -> nn.Module:

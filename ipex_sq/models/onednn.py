@@ -23,6 +23,11 @@ def calibration_dtype() -> torch.dtype:
     return torch.bfloat16 if has_bf16_instructions() else torch.float32
 
 
+def fits_packed(sizes: Iterable[int]) -> bool:
+    """Whether copies of weights of these sizes in oneDNN's layout are worth their memory."""
+    return sum(sizes) * calibration_dtype().itemsize <= MOST_BYTES
+
+
 @contextmanager
 def onednn_linears(
     linears: Iterable[nn.Module], dtype: torch.dtype = torch.float32
@@ -41,8 +46,6 @@ def onednn_linears(
         The dtype that they multiply in.
     """
     swapped = [linear for linear in linears if _can_swap(linear)]
-    if sum(linear.weight.numel() for linear in swapped) * dtype.itemsize > MOST_BYTES:
-        swapped = []
     try:
         for linear in swapped:
             linear.forward = _forward(linear, dtype)  # type: ignore[assignment, method-assign]

@@ -36,16 +36,25 @@ def sample_groups(
     Returns:
         By group key; a group that these texts never reach has none.
     """
-    texts = _sampled_texts(batches)
+    texts = sampled_texts(batches)
     tokens = sum(text["input_ids"].numel() for text in texts)
     generator = torch.Generator().manual_seed(0)
     with record_samples(model, groups, tokens) as recorder, _only_activations(model):
         for text in tqdm(texts, desc="sample", unit="text", disable=None, leave=False):
-            logits = run_model(model, text).float().flatten(end_dim=-2)
-            recorder.predictions += logits.shape[0]
-            drawn = draw_tokens(logits.detach().softmax(-1), generator)
-            functional.cross_entropy(logits, drawn, reduction="sum").backward()
+            recorder.predictions += run_backward(model, text, generator)
     return recorder.finish()
+
+
+def run_backward(model: nn.Module, text: Batch, generator: torch.Generator) -> int:
+    """Run one text, and backward from -log p of predictions drawn from the model's own.
+
+    Returns:
+        The number of predictions.
+    """
+    logits = run_model(model, text).float().flatten(end_dim=-2)
+    drawn = draw_tokens(logits.detach().softmax(-1), generator)
+    functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    return logits.shape[0]
 
 
 def draw_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
@@ -72,10 +81,11 @@ def set_apart(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         if rows:
             kept.append({key: value[rows] for key, value in batch.items()})
         start += count
-    return kept, list(_sampled_texts(batches))
+    return kept, list(sampled_texts(batches))
 
 
-def _sampled_texts(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+def sampled_texts(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """The texts that `sample_groups` runs, evenly spread over `batches`, one by one."""
     texts = [row for batch in batches for row in rows_of(batch)]
     return [texts[index] for index in _sampled_indices(len(texts))]
 

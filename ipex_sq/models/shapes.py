@@ -46,6 +46,9 @@ SHAPES: dict[str, Shape] = {
     "bloom-1b7": Shape(
         "BloomConfig", {"hidden_size": 2048, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
     ),
+    "bloom-7b1": Shape(
+        "BloomConfig", {"hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250880}
+    ),
     "llama-1b": Shape(
         "LlamaConfig",
         {

@@ -39,9 +39,9 @@ TOGETHER = 4
 less than two runs differ."""
 
 
-def hessian_bytes(readers: Iterable[nn.Linear]) -> int:
-    """Memory that the Hessians of these Linears' inputs take."""
-    return sum(4 * linear.in_features**2 for linear in readers)
+def fit_hessians(in_features: Iterable[int]) -> bool:
+    """Whether the Hessians of inputs with so many channels are gathered."""
+    return sum(4 * channels**2 for channels in in_features) <= MOST_HESSIAN_BYTES
 
 
 Rows = tuple[int, Tensor]

@@ -6,7 +6,7 @@ Backends execute a plan and decide nothing. A plan file reproduces a run without
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -168,6 +168,18 @@ class QuantPlan:
     def placements(self) -> dict[str, int]:
         """How many groups are folded, pre-scaled and left alone."""
         return dict(Counter(item.placement for item in self.groups.values()))
+
+    def part(self, keys: Iterable[str]) -> QuantPlan:
+        """The plan of the groups `keys` alone; Linears of no group are left out."""
+        groups = {key: self.groups[key] for key in keys}
+        names = [name for item in groups.values() for name in item.group.readers]
+        linears = {name: self.linears[name] for name in names}
+        return replace(self, linears=linears, groups=groups)
+
+    def with_part(self, part: QuantPlan) -> QuantPlan:
+        """The same plan with the groups and Linears of `part` in the place of its own."""
+        linears = {**self.linears, **part.linears}
+        return replace(self, linears=linears, groups={**self.groups, **part.groups})
 
     def prescale_of(self, name: str) -> PreScale | None:
         """What happens to this Linear's input at run time, or None."""

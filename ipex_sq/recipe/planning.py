@@ -120,17 +120,16 @@ def make_plan(
 
     Args:
         stats: From calibration.
-        weights: `[out_features, in_features]` of every Linear in `stats.linears`.
+        weights: `[out_features, in_features]` of every Linear; may lie on disk.
         wanted: What to decide, and what is given.
         search: What `search_costs` found, where it is known already.
 
     Raises:
         CalibrationError: A search needs samples, or GPTQ Hessians, and the statistics hold none.
     """
-    inputs = _inputs(stats, weights, wanted)
+    _check_hessians(stats, wanted)
     if search is None and wanted.needs_samples:
-        # A group that costs less than the least saving in one mode cannot gain it in the other.
-        search = _search(inputs, wanted, wanted.modes, least_cost=LEAST_SAVING)
+        search = search_modes(stats, weights, wanted)
     modes = wanted.modes if search is None else tuple(search.kl)
     alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in modes}
     mixed = wanted.activations == MIXED and DYNAMIC_INT8 in modes
@@ -144,11 +143,12 @@ def make_plan(
             linears |= {name: LinearPlan(FLOAT, reason) for name in group.readers}
             continue
         alpha = alphas[mode][group.key]
-        item = _plan_group(group, inputs[group.key], alpha)
+        inputs = _group_inputs(group, stats, weights, wanted)
+        item = _plan_group(group, inputs, alpha)
         if search is not None:
             item = replace(item, expected_kl=search.cost(group.key, alpha, mode))
         groups[group.key] = item
-        linears |= _plan_linears(item, inputs[group.key], mode, reason)
+        linears |= _plan_linears(item, inputs, mode, reason)
     calibration = {"texts": stats.texts, "tokens": stats.tokens, **stats.source}
     return QuantPlan(
         _alpha_of_model(search, wanted),
@@ -171,14 +171,39 @@ def _check_hessians(stats: ActStats, wanted: Rounding) -> None:
 
 
 def search_costs(
-    stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding, modes: tuple[str, ...]
+    stats: ActStats,
+    weights: Mapping[str, Tensor],
+    wanted: Rounding,
+    modes: Sequence[str],
+    *,
+    least_cost: float = 0.0,
 ) -> AlphaSearch:
     """What every smooth group costs at each alpha that is wanted, in each of `modes`.
+
+    Other modes than the first are tried only in groups that cost `least_cost` in it.
 
     Raises:
         CalibrationError: The statistics hold no samples.
     """
-    return _search(_inputs(stats, weights, wanted), wanted, modes, least_cost=0.0)
+    sampled = [group for group in stats.groups if group.key in stats.samples]
+    if not sampled:
+        raise CalibrationError(
+            "this plan needs samples: calibrate(model, batches, samples=True), or pass a number as "
+            "alpha and static or dynamic activations"
+        )
+    groups = {group.key: _group_inputs(group, stats, weights, wanted) for group in sampled}
+    refine = wanted.alpha == AUTO
+    return search_alpha(
+        groups, wanted.grid, modes, refine=refine, least_cost=least_cost, progress=_bar
+    )
+
+
+def search_modes(stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding) -> AlphaSearch:
+    """As `search_costs`, for what a plan may choose from.
+
+    A group that costs less than the least saving in one mode cannot gain it in the other.
+    """
+    return search_costs(stats, weights, wanted, wanted.modes, least_cost=LEAST_SAVING)
 
 
 def _mode(key: str, wanted: Rounding, massive: set[str]) -> tuple[str, str]:
@@ -204,42 +229,19 @@ def _costs_of_model(search: AlphaSearch | None, wanted: Rounding) -> dict[float,
     return {alpha: cost for alpha, cost in total.items() if alpha is not None}
 
 
-def _inputs(
-    stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding
-) -> dict[str, GroupInputs]:
-    """What each group's plan is made of; channels are split where alpha is searched."""
-    _check_hessians(stats, wanted)
-    found = {}
-    for group in stats.groups:
-        readers = [weights[name].detach().float() for name in group.readers]
-        splits = wanted.searches_alpha and not group.folds_into_norm
-        found[group.key] = GroupInputs(
-            stats=stats.linears[group.key],
-            weights=readers,
-            copies=number_of_copies(readers[0].shape[1]) if splits else 0,
-            sample=stats.samples.get(group.key),
-            unsampled_stats=stats.unsampled.get(group.key),
-            producer_channels=group.producer_channels,
-        )
-    return found
-
-
-def _sampled(inputs: Mapping[str, GroupInputs]) -> dict[str, GroupInputs]:
-    found = {key: item for key, item in inputs.items() if item.sample is not None}
-    if not found:
-        raise CalibrationError(
-            "this plan needs samples: calibrate(model, batches, samples=True), or pass a number as "
-            "alpha and static or dynamic activations"
-        )
-    return found
-
-
-def _search(
-    inputs: Mapping[str, GroupInputs], wanted: Rounding, modes: Sequence[str], *, least_cost: float
-) -> AlphaSearch:
-    refine, groups = wanted.alpha == AUTO, _sampled(inputs)
-    return search_alpha(
-        groups, wanted.grid, modes, refine=refine, least_cost=least_cost, progress=_bar
+def _group_inputs(
+    group: SmoothGroup, stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding
+) -> GroupInputs:
+    """What a group's plan is made of; channels are split where alpha is searched."""
+    readers = [weights[name].detach().float() for name in group.readers]
+    splits = wanted.searches_alpha and not group.folds_into_norm
+    return GroupInputs(
+        stats=stats.linears[group.key],
+        weights=readers,
+        copies=number_of_copies(readers[0].shape[1]) if splits else 0,
+        sample=stats.samples.get(group.key),
+        unsampled_stats=stats.unsampled.get(group.key),
+        producer_channels=group.producer_channels,
     )
 
 

@@ -100,3 +100,10 @@ def test_float_and_simulated_models_are_not_saved(batches, tmp_path):
     simulated = quantize(tiny_model("llama"), batches, QuantConfig(backend="reference"))
     with pytest.raises(ConfigError, match="native and ipex"):
         save(simulated, tmp_path / "b")
+
+
+def test_everybody_may_read_a_checkpoint(batches, tmp_path):
+    folder = save(
+        quantize(tiny_model("llama"), batches, QuantConfig(backend="native")), tmp_path / "a"
+    )
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ipex_sq.models import onednn
-from ipex_sq.models.onednn import onednn_linears
+from ipex_sq.models.onednn import fits_packed, onednn_linears
 
 
 class _Odd(nn.Linear):
@@ -46,11 +46,9 @@ def test_other_modules_and_large_models_are_left_alone(monkeypatch):
     modules = [_Odd(4, 4), nn.Linear(4, 4).double(), nn.LayerNorm(4)]
     with onednn_linears(modules):
         assert not any("forward" in module.__dict__ for module in modules)
+    assert fits_packed([100, 100])
     monkeypatch.setattr(onednn, "MOST_BYTES", 10)
-    linear = nn.Linear(4, 4)
-    with onednn_linears([linear], torch.bfloat16) as dtype:
-        assert dtype == torch.float32
-        assert "forward" not in linear.__dict__
+    assert not fits_packed([3, 3])
 
 
 def test_the_block_ends_where_it_raises():

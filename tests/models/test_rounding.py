@@ -9,11 +9,11 @@ from ipex_sq.backends.quantization import plan, quantize_model
 from ipex_sq.backends.reference import ReferenceBackend
 from ipex_sq.config import GPTQ, NEAREST, QuantConfig
 from ipex_sq.errors import CalibrationError, ConfigError
-from ipex_sq.models import calibration
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing, smoothed_linear
 from ipex_sq.models.rounding import round_weights
 from ipex_sq.models.tiny import tiny_model
+from ipex_sq.recipe import gptq
 
 SEARCHED = QuantConfig(backend="reference")
 STATIC = QuantConfig(activations="static", backend="reference")
@@ -95,7 +95,7 @@ def test_a_number_as_alpha_keeps_rounding_to_nearest(batches):
 
 
 def test_hessians_that_take_too_much_memory_are_not_gathered(batches, monkeypatch):
-    monkeypatch.setattr(calibration, "MOST_HESSIAN_BYTES", 10)
+    monkeypatch.setattr(gptq, "MOST_HESSIAN_BYTES", 10)
     model = tiny_model("llama")
     stats = calibrate(model, batches)
     assert plan(model, stats, SEARCHED).weight_rounding == NEAREST

@@ -1,0 +1,141 @@
+"""`python -m ipex_sq quantize --max_memory`: a language model, one block in memory at a time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ipex_sq.cli.eval_lambada import add_alpha
+from ipex_sq.cli.flags import Parser, argument, build
+from ipex_sq.cli.running import check_output, findable, show
+from ipex_sq.config import DataConfig, OutputConfig, QuantConfig, parse_bytes
+from ipex_sq.errors import ConfigError, DataError
+
+DESCRIPTION = """\
+Quantize the checkpoint folder of a causal language model to static INT8 (W8A8), with SmoothQuant
+unless --no_sq, with one block of its float weights in memory at a time, for the native backend.
+The result is that of quantizing in memory. What a block gives the next one lies on disk, in a
+folder beside the result that is removed at the end; a run that was killed goes on with --resume
+after the last finished block. stdout ends in one JSON line.
+"""
+
+EXAMPLES = """\
+  python -m ipex_sq random-weights bloom-7b1 bloom-7b1          # something to try it on
+  python -m ipex_sq quantize --max_memory 8GiB --model bloom-7b1
+  python -m ipex_sq quantize --max_memory 8GiB --model bloom-7b1 --resume
+"""
+
+_FLAGS = ("--max_memory", "--max-memory", "--resume")
+_NOT_STREAMED = ("alpha", "max_drop", "observer", "percentile")
+
+
+def is_meant(arguments: Sequence[str]) -> bool:
+    """Whether these arguments of `quantize` ask for a model in pieces."""
+    return any(item.split("=")[0] in _FLAGS for item in arguments)
+
+
+def parser() -> Parser:
+    """The flags of the command."""
+    flags = Parser(DESCRIPTION, EXAMPLES)
+    flags.add_flag("model", required=True, help="local folder with safetensors")
+    flags.add_flag(
+        "max_memory",
+        type=argument(parse_bytes),
+        metavar="SIZE",
+        help="resident memory that the run may take, as 8GiB; refused before the work where it "
+        "would take more (default: what is available)",
+    )
+    flags.add_flag("resume", action="store_true", help="go on after the last finished block")
+    flags.add_flag(
+        "output_dir",
+        type=Path,
+        default=Path("results/quantized"),
+        help="the model is saved in a folder of its name in here (default: results/quantized)",
+    )
+    flags.add_flag("no_sq", action="store_true", help="without SmoothQuant")
+    flags.add_config(QuantConfig, skip=_NOT_STREAMED)
+    add_alpha(flags)
+    flags.add_config(DataConfig, skip=("limit",))
+    flags.add_config(OutputConfig)
+    return flags
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Parse, quantize block by block.
+
+    Raises:
+        IpexSqError: Anything that a user can mend; finished blocks are kept.
+    """
+    flags = parser().parse_args(arguments)
+    config, data = _config(flags), build(DataConfig, flags)
+    check_output(flags.output)
+    source = Path(flags.model)
+    if not (source / "config.json").is_file():
+        raise DataError(f"--model {source} is not a folder with a config.json and safetensors")
+
+    from ipex_sq.data.calibration import calibration_batches
+    from ipex_sq.evaluation.experiment import load_texts
+    from ipex_sq.evaluation.runs import describe
+    from ipex_sq.models.loading import load_tokenizer
+    from ipex_sq.streaming.run import Limits, check_streamed, quantize_folder
+    from ipex_sq.system import provenance
+
+    config = check_streamed(config)
+    texts = load_texts(data, calibrate=True).calibration
+    assert texts is not None  # noqa: S101
+    tokenizer = load_tokenizer(str(source))
+    batches = calibration_batches(texts.documents, tokenizer, data.calib_max_tokens)
+    folder = Path(flags.output_dir) / source.resolve().name
+    streamed = quantize_folder(
+        source,
+        folder,
+        batches,
+        config,
+        tokenizer=tokenizer,
+        texts=describe(texts),
+        origin={"model": findable(flags.model)},
+        limits=Limits(flags.max_memory, flags.resume),
+    )
+    result = {"model": flags.model, "folder": str(folder), **provenance(), **_made(streamed)}
+    result |= {
+        "max_memory_bytes": flags.max_memory,
+        "float_bytes": _safetensors(source),
+        "bytes": _safetensors(folder),
+    }
+    show(_table(result), result, flags.output)
+
+
+def _made(streamed: Any) -> dict[str, Any]:
+    return {
+        "alpha": streamed.plan.alpha,
+        "int8_linears": len(streamed.plan.int8_names),
+        "weight_rounding": streamed.plan.weight_rounding,
+        "smooth_groups": streamed.plan.placements,
+        **streamed.proof,
+        "seconds": streamed.seconds,
+        "estimated_bytes": streamed.estimated_bytes,
+        "peak_rss_bytes": streamed.peak_rss_bytes,
+    }
+
+
+def _config(flags: argparse.Namespace) -> QuantConfig:
+    if flags.no_sq and flags.alpha is not None:
+        raise ConfigError("--alpha belongs to SmoothQuant: leave --no_sq out")
+    given = QuantConfig.alpha if flags.alpha is None else flags.alpha
+    return build(QuantConfig, flags, alpha=None if flags.no_sq else given)
+
+
+def _safetensors(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+
+
+def _table(result: dict[str, Any]) -> str:
+    groups = ", ".join(f"{count} {kind}" for kind, count in result["smooth_groups"].items())
+    return (
+        f"{result['folder']}: {result['int8_linears']} Linears in int8, alpha {result['alpha']}, "
+        f"smooth groups: {groups}; {result['bytes'] / 2**30:.2f} GiB of "
+        f"{result['float_bytes'] / 2**30:.2f}; peak memory "
+        f"{result['peak_rss_bytes'] / 2**30:.2f} GiB; {sum(result['seconds'].values()):.0f} s"
+    )

@@ -1,0 +1,1 @@
+"""Quantize a folder of weights block by block: models larger than memory."""

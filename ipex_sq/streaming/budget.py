@@ -1,0 +1,127 @@
+"""How much memory and disk a run will take, from shapes alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ipex_sq.errors import ResourceError
+from ipex_sq.recipe.batching import Batch
+from ipex_sq.recipe.gptq import MOST_HESSIAN_BYTES
+from ipex_sq.recipe.samples import MOST_ROWS
+from ipex_sq.streaming.blocks import StreamedModel
+
+FP32 = 4
+GROUP_COPIES = 6
+"""fp32 copies of a group's weights while alpha is searched: plain, smoothed, levels, sums."""
+
+LOGIT_COPIES = 6
+"""Logits, probabilities, their sums, and gradients."""
+
+ACTIVATION_COPIES = 6
+"""Of a block's widest tensor, and as many of its attention scores."""
+
+MARGIN = 200 * 2**20
+"""What allocators and Python keep besides."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of memory at the peak, and of disk."""
+
+    memory: int
+    disk: int
+
+
+def estimate(model: StreamedModel, rows: Sequence[Batch], *, hessians: bool) -> Needs:
+    """What quantizing `model` on `rows` takes.
+
+    Args:
+        model: Not loaded yet.
+        rows: Calibration batches.
+        hessians: Whether weights are rounded by GPTQ, if its Hessians fit.
+    """
+    config: Any = model.model.config
+    blocks = [_Block(model, path) for path in model.blocks]
+    outside = FP32 * sum(model.sizes[name] for name in model.outside)
+    block = FP32 * max(item.weights for item in blocks)
+    gathered = hessians and FP32 * sum(item.hessians for item in blocks) <= MOST_HESSIAN_BYTES
+    hessian = FP32 * max(item.hessians for item in blocks) if gathered else 0
+    widest = max(item.widest for item in blocks)
+    tokens = [row["input_ids"].numel() for row in rows]
+    length = max(row["input_ids"].shape[1] for row in rows)
+    scores = max(tokens) * length * int(getattr(config, "num_attention_heads", 1))
+    running = ACTIVATION_COPIES * FP32 * (max(tokens) * widest + scores) + block // 2
+    rounding = GROUP_COPIES * FP32 * max(item.group for item in blocks) + 2 * hessian
+    head = LOGIT_COPIES * FP32 * length * int(config.vocab_size)
+    memory = psutil.Process().memory_info().rss + outside + MARGIN
+    memory += max(head, block + hessian + max(running, rounding, head // 3))
+    hidden = FP32 * sum(tokens) * int(config.hidden_size)
+    kept = len(blocks) * (hessian + FP32 * MOST_ROWS * sum(blocks[0].inputs))
+    return Needs(memory, 2 * hidden + kept + sum(model.sizes.values()) + outside)
+
+
+class _Block:
+    """Sizes of one block, in numbers."""
+
+    def __init__(self, model: StreamedModel, path: str) -> None:
+        linears = {
+            name: linear for name, linear in model.linears.items() if name.startswith(f"{path}.")
+        }
+        groups: dict[tuple[str, int], int] = defaultdict(int)
+        for name, linear in linears.items():  # those that may read one tensor: siblings alike
+            groups[name.rpartition(".")[0], linear.in_features] += linear.weight.numel()
+        self.weights = sum(model.sizes[name] for name in model.parameters_of(path))
+        self.group = max(groups.values(), default=0)
+        self.inputs = [linear.in_features for linear in linears.values()]
+        self.hessians = sum(features**2 for features in self.inputs)
+        self.widest = max([*self.inputs, *(item.out_features for item in linears.values())])
+
+
+def check_needs(needs: Needs, most: int | None, folder: Path) -> None:
+    """Refuse what would not fit, before the work.
+
+    Args:
+        needs: See `estimate`.
+        most: Bytes of memory that the user allows, or None: what is available.
+        folder: On the disk that is written.
+
+    Raises:
+        ResourceError: With what is needed and what there is.
+    """
+    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    limit, name = (available, "available memory") if most is None else (most, "--max_memory")
+    if needs.memory > limit:
+        raise ResourceError(
+            f"this needs about {_gib(needs.memory)} of memory at its peak, {name} is "
+            f"{_gib(limit)}: its embeddings, one block in fp32 and what is computed with it must "
+            "fit; allow more, or calibrate on shorter texts (--calib_max_tokens)"
+        )
+    free = shutil.disk_usage(folder).free
+    if needs.disk > free:
+        raise ResourceError(
+            f"this needs about {_gib(needs.disk)} of disk in {folder}, {_gib(free)} are free"
+        )
+
+
+def check_peak(peak: int, most: int | None, step: str) -> None:
+    """Stop a run that takes more than was allowed.
+
+    Raises:
+        ResourceError: With the step that it was seen after.
+    """
+    if most is not None and peak > most:
+        raise ResourceError(
+            f"{step} took {_gib(peak)}, --max_memory is {_gib(most)}: what is finished is kept; "
+            "go on with --resume and more memory"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

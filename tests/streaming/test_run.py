@@ -1,0 +1,313 @@
+"""Block by block is what in memory is, whatever happens on the way."""
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import logits_of
+
+from ipex_sq.backends.quantization import quantize_model
+from ipex_sq.checkpoint.saving import load, save
+from ipex_sq.checkpoint.shards import Shards
+from ipex_sq.config import QuantConfig
+from ipex_sq.errors import (
+    CheckpointError,
+    ConfigError,
+    NumericalCheckError,
+    ResourceError,
+    UnsupportedModelError,
+)
+from ipex_sq.models.loading import load_model
+from ipex_sq.models.tiny import DECODERS, VOCABULARY, tiny_model
+from ipex_sq.recipe.plan_files import plan_tensors, plan_to_json
+from ipex_sq.streaming import journal, run
+from ipex_sq.streaming.run import Limits, quantize_folder
+
+NATIVE = QuantConfig(backend="native", dtype="bf16")
+TEXTS = {"dataset": "random ids"}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, tokenizer):
+    """Folders of tiny float models."""
+    folders = {}
+
+    def write(family):
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            _float_model(family).save_pretrained(folders[family])
+            tokenizer.save_pretrained(folders[family])
+        return folders[family]
+
+    return write
+
+
+def _float_model(family):
+    if family != "gpt2":
+        return tiny_model(family)
+    # The tiny one has Linears for its Conv1D modules, which is not how GPT-2 is saved.
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4))
+
+
+def _in_memory(folder, batches, config):
+    model, _ = load_model(str(folder))
+    return quantize_model(model, batches, config, source=TEXTS)
+
+
+def _digests(folder):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name not in ("ipex_sq.json", "README.md")  # they say what the model was made from
+    }
+
+
+STREAMED = [name for name in DECODERS if name not in ("opt-350m", "mixtral")]
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_it_writes_what_is_written_in_memory(family, written, batches, tmp_path):
+    model = _in_memory(written(family), batches, NATIVE)
+    save(model.model, tmp_path / "memory")
+    streamed = quantize_folder(written(family), tmp_path / "streamed", batches, NATIVE, texts=TEXTS)
+    assert plan_to_json(streamed.plan) == plan_to_json(model.plan)
+    wanted, found = (Shards(tmp_path / name).read() for name in ("memory", "streamed"))
+    assert wanted.keys() == found.keys()
+    assert [name for name, item in wanted.items() if not torch.equal(found[name], item)] == []
+    configs = [(tmp_path / n / "config.json").read_text() for n in ("memory", "streamed")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"alpha": None},
+        {"alpha": 0.5},
+        {"alpha": "auto-global"},
+        {"activations": "dynamic"},
+        {"weight_rounding": "nearest", "dtype": "fp32"},
+        {"alpha": 0.5, "weight_rounding": "gptq"},
+    ],
+)
+def test_every_recipe_gives_the_plan_of_memory(recipe, written, batches, tmp_path):
+    config = replace(NATIVE, **recipe)
+    model = _in_memory(written("llama"), batches, config)
+    streamed = quantize_folder(written("llama"), tmp_path / "out", batches, config, texts=TEXTS)
+    assert plan_to_json(streamed.plan) == plan_to_json(model.plan)
+    tensors = plan_tensors(model.plan)
+    assert all(torch.equal(item, tensors[n]) for n, item in plan_tensors(streamed.plan).items())
+
+
+def test_experts_get_the_same_plan_but_for_last_bits(written, batches, tmp_path):
+    """A few rows times an expert's weights: BLAS adds in an order that depends on addresses."""
+    try:
+        streamed = quantize_folder(written("mixtral"), tmp_path / "out", batches, NATIVE)
+    except CheckpointError as error:
+        assert "transformers joins several" in str(error)  # noqa: PT017  # transformers 5
+        return
+    plan = _in_memory(written("mixtral"), batches, NATIVE).plan
+    modes = [{name: item.mode for name, item in p.linears.items()} for p in (plan, streamed.plan)]
+    assert modes[0] == modes[1]
+    assert streamed.plan.expected_kl == pytest.approx(plan.expected_kl, rel=1e-3)
+
+
+def test_the_folder_runs(written, batches, unseen, tmp_path):
+    streamed = quantize_folder(written("llama"), tmp_path / "out", batches, NATIVE)
+    model = load(tmp_path / "out")
+    assert plan_to_json(model.quant_plan) == plan_to_json(streamed.plan)
+    assert torch.equal(
+        logits_of(model, unseen),
+        logits_of(_in_memory(written("llama"), batches, NATIVE).model, unseen),
+    )
+    assert not list(tmp_path.glob(".*")), "what was kept on the way is still there"
+
+
+class _KilledError(BaseException):
+    """Not caught by anything, as a kill."""
+
+
+def _killed_after(count, monkeypatch):
+    """Let a run die when it has made `count` files of a step durable, one in the middle of it."""
+    real, seen = journal._make_durable, []
+
+    def make_durable(path):
+        seen.append(path)
+        if len(seen) == count:
+            raise _KilledError
+        real(path)
+
+    monkeypatch.setattr(journal, "_make_durable", make_durable)
+
+
+def test_a_run_killed_anywhere_ends_in_the_same_files(written, batches, tmp_path, monkeypatch):
+    source, target = written("llama"), tmp_path / "out"
+    quantize_folder(source, tmp_path / "whole", batches, NATIVE)
+    wanted, count, died = _digests(tmp_path / "whole"), 1, 0
+    while True:
+        with monkeypatch.context() as patched:
+            _killed_after(count, patched)
+            try:
+                quantize_folder(source, target, batches, NATIVE, limits=Limits(resume=True))
+                break
+            except _KilledError:
+                died += 1
+        assert not target.exists()
+        count += 4
+    assert died > 5
+    assert _digests(target) == wanted
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_resumed_run_does_not_repeat_finished_steps(written, batches, tmp_path, monkeypatch):
+    source, target = written("llama"), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "write_checkpoint", _raise(_KilledError))
+        with pytest.raises(_KilledError):
+            quantize_folder(source, target, batches, NATIVE)
+    monkeypatch.setattr("ipex_sq.streaming.calibrating.observe", _raise(AssertionError))
+    monkeypatch.setattr("ipex_sq.streaming.calibrating.search_modes", _raise(AssertionError))
+    monkeypatch.setattr("ipex_sq.streaming.writing.round_weights", _raise(AssertionError))
+    quantize_folder(source, target, batches, NATIVE, limits=Limits(resume=True))
+    assert load(target).quant_plan.int8_names
+
+
+def _raise(error):
+    def raising(*_arguments, **_options):
+        raise error
+
+    return raising
+
+
+@pytest.fixture
+def unfinished(written, batches, tmp_path, monkeypatch):
+    """A copy of a float model and a target, of which one run has died."""
+    source, target = tmp_path / "float", tmp_path / "out"
+    shutil.copytree(written("llama"), source)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "write_blocks", _raise(_KilledError))
+        with pytest.raises(_KilledError):
+            quantize_folder(source, target, batches, NATIVE, texts=TEXTS)
+    return source, target
+
+
+def _resume(unfinished, batches, config=NATIVE, texts=TEXTS):
+    limits = Limits(resume=True)
+    return quantize_folder(*unfinished, batches, config, texts=texts, limits=limits)
+
+
+def test_an_unfinished_run_is_not_overwritten(unfinished, batches):
+    with pytest.raises(ConfigError, match="go on with --resume, or remove it"):
+        quantize_folder(*unfinished, batches, NATIVE, texts=TEXTS)
+    assert _resume(unfinished, batches).plan.int8_names
+
+
+def test_other_work_is_not_resumed(unfinished, batches):
+    with pytest.raises(ConfigError, match=r"config\.alpha changed"):
+        _resume(unfinished, batches, replace(NATIVE, alpha=0.5))
+    with pytest.raises(ConfigError, match=r"texts\.dataset changed"):
+        _resume(unfinished, batches, texts={"dataset": "others"})
+    with pytest.raises(ConfigError, match="token_ids changed"):
+        _resume(unfinished, batches[:2])
+    config = unfinished[0] / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 1e-3}))
+    with pytest.raises(ConfigError, match=r"files\.config\.json changed"):
+        _resume(unfinished, batches)
+
+
+def test_a_damaged_finding_is_refused(unfinished, batches):
+    (kept,) = unfinished[1].parent.glob(".out.partial")
+    stats = kept / "calibrate-00001" / "stats.safetensors"
+    stats.write_bytes(stats.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=r"remove .*calibrate-00001, then --resume"):
+        _resume(unfinished, batches)
+
+
+def test_a_full_disk_loses_nothing(written, batches, tmp_path, monkeypatch):
+    source, target = written("llama"), tmp_path / "out"
+    quantize_folder(source, tmp_path / "whole", batches, NATIVE)
+    real, seen = journal.write_safetensors, []
+
+    def write_safetensors(*arguments):
+        seen.append(1)
+        if len(seen) == 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "write_safetensors", write_safetensors)
+        with pytest.raises(ResourceError, match=r"No space left on device.*--resume"):
+            quantize_folder(source, target, batches, NATIVE)
+    quantize_folder(source, target, batches, NATIVE, limits=Limits(resume=True))
+    assert _digests(target) == _digests(tmp_path / "whole")
+
+
+def test_too_little_memory_is_refused_before_the_work(written, batches, tmp_path):
+    limits = Limits(max_memory=100 * 2**20)
+    with pytest.raises(ResourceError, match=r"needs about \d.*GiB.*--max_memory is 0.10 GiB"):
+        quantize_folder(written("llama"), tmp_path / "out", batches, NATIVE, limits=limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_takes_more_than_allowed_stops(written, batches, tmp_path, monkeypatch):
+    source, target = written("llama"), tmp_path / "out"
+    monkeypatch.setattr(run, "check_needs", lambda *_arguments: None)
+    with pytest.raises(ResourceError, match=r"'topology' took .* what is finished is kept"):
+        quantize_folder(source, target, batches, NATIVE, limits=Limits(max_memory=2**20))
+    quantize_folder(source, target, batches, NATIVE, limits=Limits(resume=True))
+
+
+def test_what_cannot_be_streamed_says_why(written, batches, tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"project_.* belongs to no block"):
+        quantize_folder(written("opt-350m"), tmp_path / "out", batches, NATIVE)
+    for config, reason in (
+        (replace(NATIVE, backend="reference"), "--backend native, not reference"),
+        (replace(NATIVE, observer="kl"), "--observer minmax"),
+        (replace(NATIVE, max_drop="1"), "without --max_drop"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            quantize_folder(written("llama"), tmp_path / "out", batches, config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    shutil.copytree(written("llama"), tmp_path / "float")
+    return tmp_path / "float"
+
+
+def test_pickles_are_not_opened(copied, batches, tmp_path):
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
+        quantize_folder(copied, tmp_path / "out", batches, NATIVE)
+
+
+def test_damaged_weights_are_refused(copied, batches, tmp_path):
+    weights = copied / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        quantize_folder(copied, tmp_path / "out", batches, NATIVE)
+    weights.write_bytes(content)
+    config = copied / "config.json"
+    config.write_text(
+        re.sub(r'"intermediate_size": \d+', '"intermediate_size": 96', config.read_text())
+    )
+    with pytest.raises(CheckpointError, match=r"has not the shape that config\.json says"):
+        quantize_folder(copied, tmp_path / "out", batches, NATIVE)
+
+
+def test_weights_that_are_not_finite_are_named(copied, batches, tmp_path):
+    model, _ = load_model(str(copied))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(copied)
+    with pytest.raises(NumericalCheckError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        quantize_folder(copied, tmp_path / "out", batches, NATIVE)
