@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.checkpoint.shards import INDEX, WEIGHTS, Shards
-from ipex_sq.errors import CheckpointError, NumericalCheckError
-from ipex_sq.models.loading import loaded_names
+from ipex_sq.errors import CheckpointError
+from ipex_sq.models.loading import check_finite_weight, loaded_names
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -75,8 +75,8 @@ class FloatWeights:
             tensor = self._shards.named([self._stored[name]])[self._stored[name]]
             tensor = tensor.t() if name in self._transposed else tensor
             found[name] = tensor.to(torch.float32, copy=True).contiguous()
-            if check and not bool(torch.isfinite(found[name]).all()):
-                raise NumericalCheckError(f"weight {name!r} holds values that are not finite")
+            if check:
+                check_finite_weight(name, found[name])
         return found
 
     def of_linear(self, path: str) -> Tensor:
