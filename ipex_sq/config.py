@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -99,26 +98,6 @@ def parse_drop(text: str) -> Drop:
     return Drop(ratio=value) if text.endswith("x") else Drop(points=value)
 
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def parse_bytes(text: str) -> int:
-    """Turn "8GiB", "500MB" or a number of bytes into bytes.
-
-    Raises:
-        ConfigError: It is none of these, or not positive.
-    """
-    parts = re.fullmatch(r"([0-9.]+)\s*([a-z]*)", text.strip().lower())
-    try:
-        size = int(float(parts[1]) * _UNITS[parts[2]]) if parts else 0
-    except (ValueError, KeyError):
-        size = 0
-    if size < 1:
-        raise ConfigError(f"a size is written as 8GiB, 500MB or in bytes, not {text!r}")
-    return size
-
-
 def check_choice(kind: str, value: str, known: tuple[str, ...]) -> None:
     """Refuse a name that is not known.
 
@@ -182,6 +161,12 @@ class QuantConfig:
         "points of accuracy (0.5) or as perplexity ratio (1.02x): the fewest layers that meet it "
         "leave static int8, first for per-token rounding, then for float",
         metavar="X",
+    )
+    portable: bool = setting(
+        False,
+        "nothing that other programs' formats cannot say: no copied channels, no corrected biases, "
+        "static activations unless asked for others",
+        action="store_true",
     )
     backend: str = setting("auto", f"auto or one of: {', '.join(BACKENDS)}")
     dtype: str | None = setting(

@@ -6,11 +6,14 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ipex_sq.errors import ConfigError
 
 VERSIONED_PACKAGES = (
     "torch",
@@ -144,6 +147,26 @@ def provenance() -> dict[str, Any]:
         "versions": package_versions(),
         "command": command_line(),
     }
+
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Turn "8GiB", "500MB" or a number of bytes into bytes.
+
+    Raises:
+        ConfigError: It is none of these, or not positive.
+    """
+    parts = re.fullmatch(r"([0-9.]+)\s*([a-z]*)", text.strip().lower())
+    try:
+        size = int(float(parts[1]) * _UNITS[parts[2]]) if parts else 0
+    except (ValueError, KeyError):
+        size = 0
+    if size < 1:
+        raise ConfigError(f"a size is written as 8GiB, 500MB or in bytes, not {text!r}")
+    return size
 
 
 def reset_peak_rss() -> None:

@@ -21,6 +21,7 @@ from ipex_sq.models.rounding import round_weights
 from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.planning import ActStats, Rounding, make_plan
+from ipex_sq.recipe.portable import check_portable
 
 
 @dataclass
@@ -84,10 +85,11 @@ def check_config(config: QuantConfig) -> None:
         or config.activations not in (None, STATIC)
         or config.weight_rounding not in (None, NEAREST)
         or config.max_drop is not None
+        or config.portable
     ):
         raise ConfigError(
             "backend 'inc' runs its published recipe only: --observer minmax, --activations "
-            "static, --weight_rounding nearest, no --max_drop"
+            "static, --weight_rounding nearest, no --max_drop, no --portable"
         )
 
 
@@ -99,14 +101,15 @@ def rounding(config: QuantConfig, backend: Backend) -> Rounding:
     """
     wanted = config.activations
     if wanted is None:
-        wanted = MIXED if config.searches_alpha and backend.rounds_tokens else STATIC
+        mixes = config.searches_alpha and backend.rounds_tokens and not config.portable
+        wanted = MIXED if mixes else STATIC
     if wanted != STATIC and not backend.rounds_tokens:
         raise ConfigError(
             f"backend {backend.name!r} rounds per tensor only: use --activations static, or "
             "--backend native"
         )
     weights = config.weight_rounding or (GPTQ if config.searches_alpha else NEAREST)
-    return Rounding(config.alpha, wanted, weights)
+    return Rounding(config.alpha, wanted, weights, config.portable)
 
 
 def rounding_of(config: QuantConfig, backend: Backend, stats: ActStats) -> Rounding:
@@ -202,6 +205,8 @@ def _quantize_with_plan(
     with _timed(seconds, "smooth"):
         smoothed, change = apply_smoothing(model, decided, stats.example)
     undone, decided = smoothed.folds_lost_from(decided), smoothed
+    if config.portable:
+        check_portable(decided)
     if config.observer != "minmax" and not isinstance(batches, ActStats):
         with _timed(seconds, "observe"):
             ranges = clipped_ranges(model, decided, batches, config)

@@ -16,6 +16,7 @@ MANIFEST = "ipex_sq.json"
 CONFIG = "config.json"
 PLAN_JSON = "quant_plan.json"
 QUANT_METHOD = "ipex_sq"
+COMPRESSED_TENSORS = "compressed-tensors"
 FORMAT_VERSION = 3
 _FIELDS = frozenset(
     (

@@ -19,6 +19,7 @@ from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.checkpoint.card import model_card
 from ipex_sq.checkpoint.folders import (
+    COMPRESSED_TENSORS,
     CONFIG,
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -98,6 +99,7 @@ def write_folder(
     *,
     origin: Mapping[str, Any],
     write_weights: Callable[[Path], None],
+    layout: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything of a checkpoint, weights by `write_weights`, as a whole or not at all.
 
@@ -107,6 +109,7 @@ def write_folder(
         tokenizer: Or None.
         origin: What the float model was.
         write_weights: Is given the folder to write into.
+        layout: `quantization_config` of another program's format, which is not ours to load.
 
     Raises:
         ConfigError: The folder is not ours to write.
@@ -117,10 +120,12 @@ def write_folder(
     def write(scratch: Path) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        _write_configs(model, kind, scratch)
+        _write_configs(model, kind, scratch, layout)
         save_plan(plan, scratch)
         write_weights(scratch)
         manifest = {**_manifest(model, kind, scratch), "made_from": dict(origin)}
+        if layout is not None:
+            manifest["backend"] = layout["quant_method"]
         card = model_card(plan, manifest, target.name)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         write_manifest(scratch, manifest)
@@ -138,6 +143,11 @@ def load(folder: str | Path) -> nn.Module:
     """
     source = Path(folder)
     manifest = read_manifest(source)
+    if manifest["backend"] == COMPRESSED_TENSORS:
+        raise CheckpointError(
+            f"{source} has the compressed-tensors layout: load it with transformers and the "
+            "package compressed-tensors; save in our own format to run it here"
+        )
     choose_backend(manifest["backend"])
     if manifest["backend"] == IpexBackend.name:
         return _load_ipex(source)
@@ -201,7 +211,9 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _write_configs(model: nn.Module, kind: str, folder: Path) -> None:
+def _write_configs(
+    model: nn.Module, kind: str, folder: Path, layout: Mapping[str, Any] | None
+) -> None:
     config: Any = model.config
     document = json.loads(config.to_json_string())
     document = {key: value for key, value in document.items() if not key.startswith("_")}
@@ -209,7 +221,7 @@ def _write_configs(model: nn.Module, kind: str, folder: Path) -> None:
     if kind == NativeBackend.name:
         key = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # transformers 5 or 4
         document[key] = str(DTYPES[str(model.quant_dtype)]).removeprefix("torch.")
-    document["quantization_config"] = {
+    document["quantization_config"] = layout or {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "backend": kind,

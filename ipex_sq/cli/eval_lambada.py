@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ipex_sq.checkpoint.folders import COMPRESSED_TENSORS, QUANT_METHOD
 from ipex_sq.cli.flags import Parser, argument, build
 from ipex_sq.cli.running import check_output, findable, show
 from ipex_sq.config import (
@@ -66,6 +67,14 @@ def parser() -> Parser:
         default=None,
         help=f"save the int8 model (default folder: {SAVED_RESULTS}/<model>-<backend>-<recipe>)",
     )
+    flags.add_flag(
+        "format",
+        choices=(QUANT_METHOD, COMPRESSED_TENSORS),
+        default=QUANT_METHOD,
+        help=f"of the saved model: {QUANT_METHOD}, which runs here and in transformers (default), "
+        f"or {COMPRESSED_TENSORS}, for other programs (native backend; every smoothing scale must "
+        "fold)",
+    )
     flags.add_config(OutputConfig)
     return flags
 
@@ -107,6 +116,7 @@ def command(arguments: Sequence[str]) -> None:
     for run in runs:
         outcome = experiment.run(run)
         if folder is not None:
+            from ipex_sq.checkpoint.compressed import save_compressed
             from ipex_sq.checkpoint.saving import save
 
             assert outcome.model is not None  # noqa: S101
@@ -116,7 +126,8 @@ def command(arguments: Sequence[str]) -> None:
                 "undone_folds": outcome.row["undone_folds"],
                 "measured": _measured(outcome.row, texts),
             }
-            saved = save(outcome.model, folder, outcome.tokenizer, made_from=made_from)
+            write = save_compressed if flags.format == COMPRESSED_TENSORS else save
+            saved = write(outcome.model, folder, outcome.tokenizer, made_from=made_from)
             outcome.row["saved_to"] = str(saved)
         outcome.model = None  # one model in memory at a time
         outcomes.append(outcome)
@@ -156,8 +167,19 @@ def _check(flags: argparse.Namespace) -> None:
         raise ConfigError("--percentile belongs to --observer percentile")
     if flags.output_dir is not None and not flags.int8:
         raise ConfigError("--output_dir saves one int8 model: add --int8")
+    _check_format(flags)
     if "," in flags.backend and not flags.compare:
         raise ConfigError("several backends go with --compare")
+
+
+def _check_format(flags: argparse.Namespace) -> None:
+    if flags.format != COMPRESSED_TENSORS:
+        return
+    if flags.output_dir is None:
+        raise ConfigError("--format is that of a saved model: add --output_dir")
+    if flags.backend != "native":
+        raise ConfigError(f"--format {COMPRESSED_TENSORS} goes with --backend native")
+    flags.portable = True
 
 
 def _runs(flags: argparse.Namespace) -> list[Any]:

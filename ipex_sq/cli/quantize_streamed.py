@@ -10,8 +10,9 @@ from typing import Any
 from ipex_sq.cli.eval_lambada import add_alpha
 from ipex_sq.cli.flags import Parser, argument, build
 from ipex_sq.cli.running import check_output, findable, show
-from ipex_sq.config import DataConfig, OutputConfig, QuantConfig, parse_bytes
+from ipex_sq.config import DataConfig, OutputConfig, QuantConfig
 from ipex_sq.errors import ConfigError, DataError
+from ipex_sq.system import parse_bytes
 
 DESCRIPTION = """\
 Quantize the checkpoint folder of a causal language model to static INT8 (W8A8), with SmoothQuant

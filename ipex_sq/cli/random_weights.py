@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ipex_sq.cli.flags import Parser, argument
 from ipex_sq.cli.running import show
-from ipex_sq.config import PRECISIONS, RANDOM_SHAPES, check_choice, parse_bytes
+from ipex_sq.config import PRECISIONS, RANDOM_SHAPES, check_choice
 from ipex_sq.errors import ConfigError
+from ipex_sq.system import parse_bytes
 
 DESCRIPTION = """\
 Write a checkpoint folder with random weights at the shape of a published language model, in shards

@@ -75,12 +75,15 @@ class Rounding:
             None (no smoothing).
         activations: "static", "dynamic" or "mixed".
         weights: "nearest" or "gptq".
+        portable: Nothing that other programs' formats cannot say: no copied channels, no corrected
+            biases.
         forced: Mode of groups (by key) that are decided already: "dynamic_int8" or "float".
     """
 
     alpha: float | str | None
     activations: str = STATIC
     weights: str = NEAREST
+    portable: bool = False
     forced: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -158,7 +161,7 @@ def make_plan(
         _costs_of_model(search, wanted),
         calibration,
         wanted.weights,
-        corrects_biases=search is not None,
+        corrects_biases=search is not None and not wanted.portable,
     )
 
 
@@ -234,7 +237,7 @@ def _group_inputs(
 ) -> GroupInputs:
     """What a group's plan is made of; channels are split where alpha is searched."""
     readers = [weights[name].detach().float() for name in group.readers]
-    splits = wanted.searches_alpha and not group.folds_into_norm
+    splits = wanted.searches_alpha and not group.folds_into_norm and not wanted.portable
     return GroupInputs(
         stats=stats.linears[group.key],
         weights=readers,

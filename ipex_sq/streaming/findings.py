@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
 
-from ipex_sq.config import GPTQ
+from ipex_sq.config import GPTQ, NEAREST
 from ipex_sq.errors import CalibrationError
 from ipex_sq.models.sampling import sampled_texts
 from ipex_sq.models.topology import Topology
@@ -189,4 +189,4 @@ def rounding_that_fits(findings: Findings, *, asked: bool) -> Rounding:
         return wanted
     if asked:
         raise CalibrationError("GPTQ's Hessians of this model are too large: use nearest")
-    return Rounding(wanted.alpha, wanted.activations, forced=wanted.forced)
+    return replace(wanted, weights=NEAREST)

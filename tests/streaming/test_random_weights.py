@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ipex_sq.cli import random_weights
 from ipex_sq.cli.running import run
-from ipex_sq.config import parse_bytes
 from ipex_sq.errors import ConfigError
 from ipex_sq.models import shapes
 from ipex_sq.models.shapes import Shape
+from ipex_sq.system import parse_bytes
 
 SETTINGS = {"hidden_size": 32, "n_layer": 3, "n_head": 2, "vocab_size": 50000}
 
