@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ipex_sq.checkpoint.folders import COMPRESSED_TENSORS, QUANT_METHOD
-from ipex_sq.cli.flags import Parser, argument, build
+from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, findable, show
+from ipex_sq.cli.scales import add_alpha, add_scales, chosen_alpha, with_scales
 from ipex_sq.config import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
     OutputConfig,
     QuantConfig,
-    parse_alpha,
-    setting_help,
 )
 from ipex_sq.distributed import processes, rank
 from ipex_sq.errors import ConfigError
@@ -35,6 +34,8 @@ EXAMPLES = """\
   python eval_lambada.py --model_name_or_path bigscience/bloom-560m --int8 --sq --alpha 0.5
   python eval_lambada.py --int8 --sq --backend native --output_dir  # and save the int8 model
   torchrun --nproc-per-node 2 eval_lambada.py --int8 --sq           # shared by two processes
+  python eval_lambada.py --model_name_or_path facebook/opt-1.3b --int8 --sq --alpha 0.5 \\
+      --act_scales_path act_scales/opt-1.3b.json                    # of import-scales
   python eval_lambada.py --dataset my.jsonl --calib_dataset other.jsonl --int8
 """
 
@@ -56,6 +57,7 @@ def parser() -> Parser:
     )
     flags.add_config(QuantConfig, skip=("alpha",))
     add_alpha(flags)
+    add_scales(flags)
     flags.add_flag("kl", action="store_true", help="the same as --observer kl")
     flags.add_config(DataConfig)
     flags.add_config(EvaluationConfig)
@@ -79,18 +81,6 @@ def parser() -> Parser:
     return flags
 
 
-def add_alpha(flags: Parser) -> None:
-    """Add --alpha, whose default says nothing so that it can be refused without SmoothQuant."""
-    flags.add_flag(
-        "alpha",
-        type=argument(parse_alpha),
-        default=None,
-        metavar="ALPHA",
-        help=f"{setting_help(QuantConfig, 'alpha')} (default: {QuantConfig.alpha}; the paper's is "
-        "0.5)",
-    )
-
-
 def command(arguments: Sequence[str]) -> None:
     """Parse, run, print.
 
@@ -110,8 +100,9 @@ def command(arguments: Sequence[str]) -> None:
     from ipex_sq.evaluation.experiment import Experiment, load_texts
     from ipex_sq.evaluation.runs import pair
 
-    texts = load_texts(data, calibrate=any(run.quant for run in runs))
-    experiment = Experiment(texts, model, data, evaluation=evaluation)
+    scales = flags.act_scales_path
+    texts = load_texts(data, calibrate=scales is None and any(run.quant for run in runs))
+    experiment = Experiment(texts, model, data, evaluation=evaluation, scales=scales)
     outcomes = []
     for run in runs:
         outcome = experiment.run(run)
@@ -165,6 +156,8 @@ def _check(flags: argparse.Namespace) -> None:
                 raise ConfigError(f"--{flag} belongs to INT8: add --int8")
     if flags.percentile != QuantConfig.percentile and flags.observer != "percentile":
         raise ConfigError("--percentile belongs to --observer percentile")
+    if flags.act_scales_path is not None and not (flags.int8 or flags.compare):
+        raise ConfigError("--act_scales_path belongs to INT8: add --int8")
     if flags.output_dir is not None and not flags.int8:
         raise ConfigError("--output_dir saves one int8 model: add --int8")
     _check_format(flags)
@@ -187,19 +180,19 @@ def _runs(flags: argparse.Namespace) -> list[Any]:
     from ipex_sq.backends.registry import backends_to_compare
     from ipex_sq.evaluation.runs import Run
 
-    alpha = QuantConfig.alpha if flags.alpha is None else flags.alpha
+    alpha = chosen_alpha(flags)
     if flags.compare:
         runs = [Run("fp32")]
         for name in backends_to_compare(flags.backend):
             for label, strength in (("int8", None), ("int8+sq", alpha)):
-                quant = build(QuantConfig, flags, backend=name, alpha=strength)
+                quant = with_scales(build(QuantConfig, flags, backend=name, alpha=strength), flags)
                 check_config(quant)  # fail before any model is loaded
                 runs.append(Run(label, quant=quant))
         return runs
     if not flags.int8:
         dtype = flags.dtype or "fp32"
         return [Run(dtype, dtype)]
-    quant = build(QuantConfig, flags, alpha=alpha if flags.sq else None)
+    quant = with_scales(build(QuantConfig, flags, alpha=alpha if flags.sq else None), flags)
     check_config(quant)
     return [Run("int8+sq" if flags.sq else "int8", quant=quant)]
 

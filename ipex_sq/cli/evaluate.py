@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ipex_sq.cli.eval_lambada import add_alpha
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, show
+from ipex_sq.cli.scales import add_alpha
 from ipex_sq.config import EMBEDDED, EvaluationConfig, OutputConfig, QuantConfig
 from ipex_sq.errors import ConfigError, IpexSqError
 from ipex_sq.review_config import ReviewConfig

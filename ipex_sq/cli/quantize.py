@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ipex_sq.cli import quantize_streamed
-from ipex_sq.cli.eval_lambada import add_alpha
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, findable, show
-from ipex_sq.config import EMBEDDED, GPTQ, OutputConfig, QuantConfig
-from ipex_sq.errors import CheckpointError, ConfigError
+from ipex_sq.cli.scales import add_alpha, add_scales, chosen_alpha, with_scales
+from ipex_sq.config import EMBEDDED, OutputConfig, QuantConfig
+from ipex_sq.errors import ConfigError
 from ipex_sq.review_config import ReviewConfig
 
 DESCRIPTION = """\
@@ -33,8 +33,6 @@ EXAMPLES = """\
   python -m ipex_sq quantize --max_memory 8GiB --model bloom-7b1   # a language model, in pieces
 """
 
-PAPER_ALPHA = 0.5
-
 
 def parser() -> Parser:
     """The flags of the command."""
@@ -42,9 +40,7 @@ def parser() -> Parser:
     flags.add_flag(
         "model", default=EMBEDDED, help=f"hub name, local folder, or {EMBEDDED} (default)"
     )
-    flags.add_flag(
-        "act_scales_path", type=Path, help="scales file; alpha is then a number (default: 0.5)"
-    )
+    add_scales(flags)
     flags.add_flag(
         "output_dir",
         type=Path,
@@ -127,31 +123,16 @@ def _config(flags: argparse.Namespace) -> QuantConfig:
         if flags.alpha is not None:
             raise ConfigError("--alpha belongs to SmoothQuant: leave --no_sq out")
         return build(QuantConfig, flags, alpha=None)
-    default = QuantConfig.alpha if flags.act_scales_path is None else PAPER_ALPHA
-    alpha = default if flags.alpha is None else flags.alpha
-    config = build(QuantConfig, flags, alpha=alpha)
-    if flags.act_scales_path is not None and config.searches_alpha:
-        raise ConfigError(
-            f"--alpha {alpha} is searched on texts: leave --act_scales_path out, or pass a number"
-        )
-    if flags.act_scales_path is not None and config.weight_rounding == GPTQ:
-        raise ConfigError("GPTQ needs texts: leave --act_scales_path out, or round to nearest")
-    return config
+    return with_scales(build(QuantConfig, flags, alpha=chosen_alpha(flags)), flags)
 
 
 def _statistics(flags: argparse.Namespace, classifier: Any, data: ReviewConfig) -> tuple[Any, Any]:
     """Statistics or batches to quantize with, and where they came from."""
     from ipex_sq.evaluation.reviews import calibration_reviews, review_batches, review_source
-    from ipex_sq.models.calibration import stats_from_scales
-    from ipex_sq.recipe.scales_files import scales_from_json
+    from ipex_sq.models.calibration import stats_from_file
 
     path: Path | None = flags.act_scales_path
     if path is None:
         texts = calibration_reviews(data)
         return review_batches(classifier, texts, data), review_source(texts, data)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    scales = scales_from_json(content, str(path))
-    return stats_from_scales(classifier.model, scales, classifier.tokenizer), None
+    return stats_from_file(classifier.model, path, classifier.tokenizer), None

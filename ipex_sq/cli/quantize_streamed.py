@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ipex_sq.cli.eval_lambada import add_alpha
 from ipex_sq.cli.flags import Parser, argument, build
 from ipex_sq.cli.running import check_output, findable, show
+from ipex_sq.cli.scales import add_alpha
 from ipex_sq.config import DataConfig, OutputConfig, QuantConfig
 from ipex_sq.errors import ConfigError, DataError
 from ipex_sq.system import parse_bytes

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ipex_sq.cli.eval_lambada import add_alpha
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, show
+from ipex_sq.cli.scales import add_alpha
 from ipex_sq.config import DataConfig, ModelConfig, OutputConfig, QuantConfig
 from ipex_sq.errors import ConfigError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from ipex_sq.evaluation.runs import (
     float_description,
     int8_description,
 )
+from ipex_sq.models.calibration import stats_from_file
 from ipex_sq.models.loading import load_model
 from ipex_sq.system import peak_rss_bytes, reset_peak_rss
 
@@ -77,8 +79,16 @@ class Experiment:
     """Runs that share a model, texts and one calibration."""
 
     def __init__(
-        self, texts: Texts, model: ModelConfig, data: DataConfig, *, evaluation: EvaluationConfig
+        self,
+        texts: Texts,
+        model: ModelConfig,
+        data: DataConfig,
+        *,
+        evaluation: EvaluationConfig,
+        scales: Path | None = None,
     ) -> None:
+        """`scales`: a scales file, in the place of calibration texts."""
+        self._scales = scales
         self._texts, self._model, self._data = texts, model, data
         self._evaluation = evaluation
         self._calibration: SharedCalibration | None = None
@@ -115,6 +125,8 @@ class Experiment:
 
     def _quantize(self, model: nn.Module, tokenizer: Any, quant: QuantConfig) -> QuantizedModel:
         check_config(quant)
+        if self._scales is not None:
+            return quantize_model(model, stats_from_file(model, self._scales, tokenizer), quant)
         if self._texts.calibration is None:
             raise ConfigError("int8 needs calibration texts")
         if self._calibration is None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from ipex_sq.recipe.histograms import record_histograms
 from ipex_sq.recipe.observers import LinearStats, record_stats
 from ipex_sq.recipe.plan import STATIC_INT8, QuantPlan
 from ipex_sq.recipe.planning import ActStats
-from ipex_sq.recipe.scales_files import Scales
+from ipex_sq.recipe.scales_files import Scales, scales_from_json
 
 PROBED_TOKENS = 32
 """Of one text: enough to see who reads what, and the pass is run several times."""
@@ -141,6 +142,19 @@ def observe(
 
 def _tokens(rows: Sequence[Batch]) -> int:
     return sum(row["input_ids"].numel() for row in rows)
+
+
+def stats_from_file(model: nn.Module, path: Path, tokenizer: Any) -> ActStats:
+    """As `stats_from_scales`, of a file.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of another model.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return stats_from_scales(model, scales_from_json(content, str(path)), tokenizer)
 
 
 def stats_from_scales(model: nn.Module, scales: Scales, tokenizer: Any) -> ActStats:

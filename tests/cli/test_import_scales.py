@@ -9,7 +9,7 @@ from test_commands import fails
 from torch import nn
 
 from ipex_sq.backends.quantization import plan, quantize
-from ipex_sq.cli import import_scales
+from ipex_sq.cli import eval_lambada, import_scales
 from ipex_sq.cli.running import run
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CalibrationError
@@ -113,3 +113,34 @@ def test_a_file_that_is_no_torch_file_or_cut_off(folder, published, tmp_path, ca
         assert str(path) in fails(capsys, flags, import_scales.command)
     path.unlink()
     assert "cannot be read" in fails(capsys, flags, import_scales.command)
+
+
+def _lambada(folder, *flags):
+    return ["--model_name_or_path", str(folder), "--dataset", "embedded", "--limit", "4", *flags]
+
+
+def test_eval_lambada_takes_the_file(folder, published, tmp_path, capsys):
+    assert run(import_scales.command, _flags(folder, tmp_path, published)) == 0
+    capsys.readouterr()
+    scales = ["--act-scales-path", str(tmp_path / "out" / "scales.json")]
+    flags = _lambada(folder, "--int8", "--sq", "--backend", "native", *scales)
+    assert run(eval_lambada.command, flags) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (row,) = result["results"]
+    assert (row["alpha"], row["weight_rounding"], row["int8_linears"]) == (0.5, "nearest", 12)
+    assert result["calibration"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--act_scales_path belongs to INT8"),
+        (["--int8", "--sq", "--alpha", "auto"], "--alpha auto is searched on texts"),
+        (["--int8", "--sq", "--weight_rounding", "gptq"], "GPTQ needs texts"),
+        (["--int8", "--kl"], "--observer minmax"),
+        (["--int8", "--backend", "native"], "cannot be read"),
+    ],
+)
+def test_what_a_file_is_not_enough_for(folder, tmp_path, capsys, flags, message):
+    missing = ["--act_scales_path", str(tmp_path / "missing.json")]
+    assert message in fails(capsys, _lambada(folder, *flags, *missing), eval_lambada.command)
