@@ -18,6 +18,7 @@ from ipex_sq.cli import (
     quantize,
     random_weights,
     sensitivity,
+    tables,
 )
 from ipex_sq.cli.running import run
 from ipex_sq.errors import unknown_name
@@ -35,6 +36,7 @@ COMMANDS = {
     "quantize": quantize.command,
     "random_weights": random_weights.command,
     "evaluate": evaluate.command,
+    "tables": tables.command,
 }
 
 _NAMES = ",".join(COMMANDS).replace("_", "-")

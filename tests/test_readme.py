@@ -1,5 +1,6 @@
 """README's commands and code exist and its Python blocks run."""
 
+import json
 import re
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from ipex_sq.cli import (
     import_scales,
     plant_outliers,
     quantize,
+    quantize_streamed,
+    random_weights,
     sensitivity,
 )
+from ipex_sq.report.markdown import with_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,6 +43,8 @@ PARSERS = {
     "-m ipex_sq generate-scales": generate_scales.parser,
     "-m ipex_sq import-scales": import_scales.parser,
     "-m ipex_sq quantize": quantize.parser,
+    "-m ipex_sq quantize --max_memory": quantize_streamed.parser,
+    "-m ipex_sq random-weights": random_weights.parser,
     "-m ipex_sq evaluate": evaluate.parser,
     "-m ipex_sq benchmark": benchmark.parser,
     "-m ipex_sq compare": compare.parser,
@@ -48,8 +54,9 @@ PARSERS = {
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("python ")])
 def test_flags_in_readme_exist(line):
     command = line.removeprefix("python ")
-    (script,) = (name for name in PARSERS if command.startswith(name))
-    PARSERS[script]().parse_args(command.removeprefix(script).split())
+    script = max((name for name in PARSERS if command.startswith(name)), key=len)
+    start = script.replace(" --max_memory", "")
+    PARSERS[script]().parse_args(command.removeprefix(start).split())
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])
@@ -63,6 +70,12 @@ def test_make_targets_in_readme_exist(line):
 def test_python_blocks_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_tables_are_those_of_the_results():
+    """After a new result: python -m ipex_sq tables README.md."""
+    made = with_tables(README, lambda name: json.loads((ROOT / name).read_text()))
+    assert made == README
 
 
 def test_every_number_has_a_result_file():

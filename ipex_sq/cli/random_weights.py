@@ -19,7 +19,7 @@ hand. The tokenizer is the embedded model's. stdout ends in one JSON line.
 
 EXAMPLES = """\
   python -m ipex_sq random-weights bloom-7b1 bloom-7b1
-  python -m ipex_sq random-weights opt-125m /tmp/opt-125m --dtype fp32
+  python -m ipex_sq random-weights opt-125m opt-125m --dtype fp32
 """
 
 

@@ -1,0 +1,70 @@
+"""Tables of a Markdown document, made from the result files that it names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ipex_sq.errors import DataError
+from ipex_sq.report.rows import alpha_cell, number
+from ipex_sq.report.tables import markdown_table
+
+_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
+_MODELS = {"int8": "INT8", "int8+sq": "INT8 + SmoothQuant"}
+ACCURACY = (
+    "model", "backend", "alpha", "last word", "against fp32", "last token", "perplexity",
+    "quantize s", "documents/s",
+)  # fmt: skip
+LATENCY = ("model", "how", "p50 ms", "against eager fp32", "against the best bf16", "of the limit")
+
+
+def with_tables(document: str, read: Callable[[str], Mapping[str, Any]]) -> str:
+    """The document with every table made anew.
+
+    Args:
+        document: Markdown; a table stands between `<!-- table: results/NAME.json -->` and
+            `<!-- end -->`.
+        read: The result in a file, by its name in the document.
+
+    Raises:
+        DataError: There is no such table in it.
+    """
+    filled, count = _TABLE.subn(lambda m: f"{m[1]}\n{result_table(read(m[2]))}\n{m[3]}", document)
+    if not count:
+        raise DataError("the document holds no '<!-- table: results/NAME.json -->'")
+    return filled
+
+
+def result_table(result: Mapping[str, Any]) -> str:
+    """The rows of an accuracy run or of a benchmark of one forward pass."""
+    rows = [row for row in result["results"] if not row.get("reason")]
+    if "last_word_accuracy" in rows[0]:
+        return markdown_table(ACCURACY, [_accuracy(row) for row in rows])
+    return markdown_table(LATENCY, [_latency(row) for row in rows])
+
+
+def _accuracy(row: Mapping[str, Any]) -> tuple[str, ...]:
+    int8 = row["precision"] == "int8"
+    return (
+        _MODELS.get(row["label"], row["label"]),
+        row["backend"] if int8 else "torch, eager",
+        alpha_cell(dict(row)),
+        f"{100 * row['last_word_accuracy']:.2f} %",
+        f"{row['delta']:+.2f}" if int8 and row["delta"] is not None else "",
+        f"{100 * row['last_token_accuracy']:.2f} %",
+        f"{row['perplexity']:.2f}",
+        number(row["quantize_s"], ".1f"),
+        f"{row['docs_per_s']:.1f}",
+    )
+
+
+def _latency(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        _MODELS.get(row["label"], row["label"]),
+        row["backend"],
+        f"{row['p50_ms']:.0f}",
+        f"{row['speedup_vs_fp32']:.2f}x",
+        f"{row['speedup_vs_bf16']:.2f}x",
+        f"{row['limit_share']:.0%}",
+    )
