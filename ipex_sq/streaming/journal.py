@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,18 +35,32 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def begin(self, identity: Mapping[str, Any], *, resume: bool) -> None:
-        """Start, or go on with what `identity` says is the same work.
+    @contextmanager
+    def at_work(self, identity: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
+        """Inside, this process alone works; it starts, or goes on with what is the same work.
 
         Args:
             identity: What decides on the result, as JSON; values are compared.
             resume: Go on where a run has left off.
 
         Raises:
-            ConfigError: There is an unfinished run and `resume` is False, or it was of other work:
-                names what has changed.
+            ConfigError: Another process is at work; or there is an unfinished run and `resume` is
+                False, or it was of other work: names what has changed.
             ResourceError: The disk is full.
         """
+        lock = FileLock(f"{self.folder}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(f"another process is at work in {self.folder}") from None
+        try:
+            self._begin(identity, resume=resume)
+            yield
+        finally:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+    def _begin(self, identity: Mapping[str, Any], *, resume: bool) -> None:
         wanted = json.loads(json.dumps(identity))
         written = self.folder / IDENTITY
         if written.is_file():

@@ -107,7 +107,7 @@ def quantize_folder(
         limits: Memory, and whether to go on with an unfinished run.
 
     Raises:
-        ConfigError: See `check_streamed` and `Journal.begin`; `target` is not ours.
+        ConfigError: See `check_streamed` and `Journal.at_work`; `target` is not ours.
         ResourceError: It would take more memory or disk than there is; needed and available.
         CheckpointError: `source` holds no safetensors, or damaged ones.
         CalibrationError, NumericalCheckError, UnsupportedModelError: As for `quantize`.
@@ -121,14 +121,14 @@ def quantize_folder(
     needs = estimate(model, rows, hessians=wanted.needs_hessians)
     check_needs(needs, limits.max_memory, target.absolute().parent)
     journal = Journal(target.with_name(f".{target.name}.partial"))
-    journal.begin(_identity(source, rows, config, texts), resume=limits.resume)
-    model.load_outside()
+    work = journal.at_work(_identity(source, rows, config, texts), resume=limits.resume)
     findings, seconds = Findings(model, journal, rows, wanted), dict[str, float]()
-    with _progress(len(model.blocks), limits.max_memory, seconds) as done:
+    with work, _progress(len(model.blocks), limits.max_memory, seconds) as done:
+        model.load_outside()
         written = _take_steps(findings, config, texts, done)
-    made_from = {**(origin or {}), **written.proof}
-    write_checkpoint(findings, written.plan, target, tokenizer=tokenizer, origin=made_from)
-    journal.end()
+        made_from = {**(origin or {}), **written.proof}
+        write_checkpoint(findings, written.plan, target, tokenizer=tokenizer, origin=made_from)
+        journal.end()
     return Streamed(written.plan, written.proof, needs.memory, peak_rss_bytes(), seconds)
 
 

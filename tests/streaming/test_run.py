@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import logits_of
+from filelock import FileLock
 
 from ipex_sq.backends.quantization import quantize_model
 from ipex_sq.checkpoint.saving import load, save
@@ -206,6 +207,13 @@ def _resume(unfinished, batches, config=NATIVE, texts=TEXTS):
 def test_an_unfinished_run_is_not_overwritten(unfinished, batches):
     with pytest.raises(ConfigError, match="go on with --resume, or remove it"):
         quantize_folder(*unfinished, batches, NATIVE, texts=TEXTS)
+    assert _resume(unfinished, batches).plan.int8_names
+
+
+def test_two_processes_do_not_share_a_run(unfinished, batches):
+    (kept,) = unfinished[1].parent.glob(".out.partial")
+    with FileLock(f"{kept}.lock"), pytest.raises(ConfigError, match="another process is at work"):
+        _resume(unfinished, batches)
     assert _resume(unfinished, batches).plan.int8_names
 
 
