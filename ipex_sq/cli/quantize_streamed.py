@@ -10,7 +10,7 @@ from typing import Any
 from ipex_sq.cli.flags import Parser, argument, build
 from ipex_sq.cli.running import check_output, findable, show
 from ipex_sq.cli.scales import add_alpha
-from ipex_sq.config import DataConfig, OutputConfig, QuantConfig
+from ipex_sq.config import EMBEDDED, DataConfig, OutputConfig, QuantConfig
 from ipex_sq.errors import ConfigError, DataError
 from ipex_sq.system import parse_bytes
 
@@ -40,7 +40,7 @@ def is_meant(arguments: Sequence[str]) -> bool:
 def parser() -> Parser:
     """The flags of the command."""
     flags = Parser(DESCRIPTION, EXAMPLES)
-    flags.add_flag("model", required=True, help="local folder with safetensors")
+    flags.add_flag("model", required=True, help=f"local folder with safetensors, or {EMBEDDED}")
     flags.add_flag(
         "max_memory",
         type=argument(parse_bytes),
@@ -72,23 +72,23 @@ def command(arguments: Sequence[str]) -> None:
     flags = parser().parse_args(arguments)
     config, data = _config(flags), build(DataConfig, flags)
     check_output(flags.output)
-    source = Path(flags.model)
-    if not (source / "config.json").is_file():
-        raise DataError(f"--model {source} is not a folder with a config.json and safetensors")
+    if flags.model != EMBEDDED and not (Path(flags.model) / "config.json").is_file():
+        raise DataError(f"--model {flags.model} is not a folder with config.json and safetensors")
 
     from ipex_sq.data.calibration import calibration_batches
     from ipex_sq.evaluation.experiment import load_texts
     from ipex_sq.evaluation.runs import describe
-    from ipex_sq.models.loading import load_tokenizer
+    from ipex_sq.models.loading import load_tokenizer, resolve_source
     from ipex_sq.streaming.run import Limits, check_streamed, quantize_folder
     from ipex_sq.system import provenance
 
     config = check_streamed(config)
     texts = load_texts(data, calibrate=True).calibration
     assert texts is not None  # noqa: S101
-    tokenizer = load_tokenizer(str(source))
+    source = Path(resolve_source(flags.model)[0])
+    tokenizer = load_tokenizer(flags.model)
     batches = calibration_batches(texts.documents, tokenizer, data.calib_max_tokens)
-    folder = Path(flags.output_dir) / source.resolve().name
+    folder = Path(flags.output_dir) / Path(flags.model).resolve().name
     streamed = quantize_folder(
         source,
         folder,
