@@ -91,7 +91,7 @@ def check_needs(needs: Needs, most: int | None, folder: Path) -> None:
     Args:
         needs: See `estimate`.
         most: Bytes of memory that the user allows, or None: what is available.
-        folder: On the disk that is written.
+        folder: Where an unfinished run keeps its steps, if there is one; beside it is written.
 
     Raises:
         ResourceError: With what is needed and what there is.
@@ -104,10 +104,11 @@ def check_needs(needs: Needs, most: int | None, folder: Path) -> None:
             f"{_gib(limit)}: its embeddings, one block in fp32 and what is computed with it must "
             "fit; allow more, or calibrate on shorter texts (--calib_max_tokens)"
         )
-    free = shutil.disk_usage(folder).free
-    if needs.disk > free:
+    kept = sum(path.stat().st_size for path in folder.rglob("*"))
+    free, left = shutil.disk_usage(folder.parent).free, needs.disk - kept
+    if left > free:
         raise ResourceError(
-            f"this needs about {_gib(needs.disk)} of disk in {folder}, {_gib(free)} are free"
+            f"this needs about {_gib(left)} of disk in {folder.parent}, {_gib(free)} are free"
         )
 
 

@@ -119,8 +119,8 @@ def quantize_folder(
     reset_peak_rss()
     model = StreamedModel(source)
     needs = estimate(model, rows, hessians=wanted.needs_hessians)
-    check_needs(needs, limits.max_memory, target.absolute().parent)
-    journal = Journal(target.with_name(f".{target.name}.partial"))
+    journal = Journal(target.absolute().with_name(f".{target.name}.partial"))
+    check_needs(needs, limits.max_memory, journal.folder)
     work = journal.at_work(_identity(source, rows, config, texts), resume=limits.resume)
     findings, seconds = Findings(model, journal, rows, wanted), dict[str, float]()
     with work, _progress(len(model.blocks), limits.max_memory, seconds) as done:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +256,22 @@ def test_a_full_disk_loses_nothing(written, batches, tmp_path, monkeypatch):
             quantize_folder(source, target, batches, NATIVE)
     quantize_folder(source, target, batches, NATIVE, limits=Limits(resume=True))
     assert _digests(target) == _digests(tmp_path / "whole")
+
+
+def test_what_is_kept_counts_as_room_on_the_disk(unfinished, batches, monkeypatch):
+    def usage_with(free):
+        return lambda _folder: SimpleNamespace(free=free)
+
+    needed = []
+    real = run.estimate
+    monkeypatch.setattr(run, "estimate", lambda *a, **o: needed.append(real(*a, **o)) or needed[-1])
+    monkeypatch.setattr("ipex_sq.streaming.budget.shutil.disk_usage", usage_with(0))
+    with pytest.raises(ResourceError, match="of disk"):
+        _resume(unfinished, batches)
+    (kept,) = unfinished[1].parent.glob(".out.partial")
+    room = needed[0].disk - sum(path.stat().st_size for path in kept.rglob("*"))
+    monkeypatch.setattr("ipex_sq.streaming.budget.shutil.disk_usage", usage_with(room + 1))
+    assert _resume(unfinished, batches).plan.int8_names
 
 
 def test_too_little_memory_is_refused_before_the_work(written, batches, tmp_path):
