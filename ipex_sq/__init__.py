@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ipex_sq.backends.quantization import quantize as quantize
     from ipex_sq.backends.registry import available_backends as available_backends
     from ipex_sq.benchmark_config import BenchmarkConfig as BenchmarkConfig
+    from ipex_sq.checkpoint.compressed import save_compressed as save_compressed
     from ipex_sq.checkpoint.saving import load as load
     from ipex_sq.checkpoint.saving import save as save
     from ipex_sq.config import DataConfig as DataConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ipex_sq.models.classifier import load_classifier as load_classifier
     from ipex_sq.models.loading import load_model as load_model
     from ipex_sq.review_config import ReviewConfig as ReviewConfig
+    from ipex_sq.streaming.run import quantize_folder as quantize_folder
 
 __version__ = "0.1.0"
 
@@ -52,7 +54,9 @@ _HOMES = {
     "load_reviews": "data.reviews",
     "plan": "backends.quantization",
     "quantize": "backends.quantization",
+    "quantize_folder": "streaming.run",
     "save": "checkpoint.saving",
+    "save_compressed": "checkpoint.compressed",
 }
 
 __all__ = [*_HOMES]  # noqa: PLE0604
