@@ -151,6 +151,9 @@ def float_skeleton(folder: str) -> nn.Module:
     options: dict[str, Any] = {"local_files_only": True}
     with loading_errors(folder, "causal language model"):
         config = AutoConfig.from_pretrained(folder, **options)
+        if not hasattr(config, "dtype"):  # transformers 4: from_pretrained says it to these too
+            for name in config.sub_configs:
+                getattr(config, name).torch_dtype = torch.float32
         with init_empty_weights(include_buffers=False):
             model: nn.Module = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32)
         if (Path(folder) / "generation_config.json").is_file():
