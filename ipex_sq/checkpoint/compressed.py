@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.backends.base import DTYPES
+from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
 from ipex_sq.checkpoint.folders import COMPRESSED_TENSORS
 from ipex_sq.checkpoint.saving import stored_tensors, write_folder
 from ipex_sq.checkpoint.shards import MAX_SHARD_SIZE, write_shards
@@ -38,6 +39,7 @@ _INPUTS = {
     "strategy": "tensor",
     "dynamic": False,
 }
+_FIELDS = (*INPUT_BUFFERS, "weight", "weight_scale", "bias")
 _OFFSET = 128
 """Our levels are 0 to 255, theirs -128 to 127."""
 
@@ -68,10 +70,11 @@ def save_compressed(
     if not isinstance(plan, QuantPlan) or not int8:
         raise ConfigError("only int8 models of the native backend have a compressed-tensors form")
     check_portable(plan)
-    stored = stored_tensors(model)
-    tensors = {name: item for name, item in stored.items() if name.rpartition(".")[0] not in int8}
-    for name, linear in int8.items():
-        tensors |= {f"{name}.{key}": item for key, item in _compressed(linear, model).items()}
+    tensors = stored_tensors(model)
+    for name in int8:
+        ours = {field: tensors.pop(f"{name}.{field}", None) for field in _FIELDS}
+        theirs = _compressed(ours, DTYPES[str(model.quant_dtype)])
+        tensors |= {f"{name}.{field}": item for field, item in theirs.items()}
     write_folder(
         model,
         target,
@@ -100,10 +103,17 @@ def _layout(plan: QuantPlan) -> dict[str, Any]:
     }
 
 
-def _compressed(linear: Int8Linear, model: nn.Module) -> dict[str, Tensor]:
-    found = {"weight": linear.weight, "weight_scale": linear.weight_scale[:, None].clone()}
-    if linear.bias is not None:
-        found["bias"] = linear.bias.to(next(model.parameters()).dtype)
-    found["input_scale"] = linear.input_scale.reshape(1).clone()
-    found["input_zero_point"] = (linear.input_zero_point.reshape(1) - _OFFSET).to(torch.int8)
-    return found
+def _compressed(ours: Mapping[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `Int8Linear.stored` holds of a Linear, in this layout."""
+    scale, input_scale, levels = (
+        ours[field] for field in ("weight_scale", "input_scale", "input_zero_point")
+    )
+    assert scale is not None and input_scale is not None and levels is not None  # noqa: S101, PT018
+    found = {
+        "weight": ours["weight"],
+        "weight_scale": scale[:, None],
+        "input_scale": input_scale.reshape(1),
+        "input_zero_point": (levels.reshape(1) - _OFFSET).to(torch.int8),
+        "bias": None if ours["bias"] is None else ours["bias"].to(dtype),
+    }
+    return {field: item for field, item in found.items() if item is not None}

@@ -43,6 +43,11 @@ def write_shards(
         (folder / INDEX).write_text(text, encoding="utf-8")
 
 
+def shard_names(count: int) -> list[str]:
+    """Transformers' names of the files of a checkpoint in `count` shards."""
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def write_index(folder: Path, files: Sequence[str]) -> None:
     """Write transformers' list of which of `files` holds which tensor."""
     places: dict[str, str] = {}

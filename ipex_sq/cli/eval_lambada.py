@@ -75,7 +75,7 @@ def parser() -> Parser:
         default=QUANT_METHOD,
         help=f"of the saved model: {QUANT_METHOD}, which runs here and in transformers (default), "
         f"or {COMPRESSED_TENSORS}, for other programs (native backend; every smoothing scale must "
-        "fold)",
+        "fold; what stays float is fp32 unless --dtype says otherwise)",
     )
     flags.add_config(OutputConfig)
     return flags
@@ -173,6 +173,8 @@ def _check_format(flags: argparse.Namespace) -> None:
     if flags.backend != "native":
         raise ConfigError(f"--format {COMPRESSED_TENSORS} goes with --backend native")
     flags.portable = True
+    # Loaded in bf16 its scales are rounded to bf16, and it is not the model that was measured.
+    flags.dtype = flags.dtype or "fp32"
 
 
 def _runs(flags: argparse.Namespace) -> list[Any]:

@@ -10,9 +10,8 @@ from typing import Any
 from ipex_sq.cli import quantize_streamed
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, findable, show
-from ipex_sq.cli.scales import add_alpha, add_scales, chosen_alpha, with_scales
-from ipex_sq.config import EMBEDDED, OutputConfig, QuantConfig
-from ipex_sq.errors import ConfigError
+from ipex_sq.cli.scales import add_recipe, add_scales, recipe, with_scales
+from ipex_sq.config import EMBEDDED, OutputConfig
 from ipex_sq.review_config import ReviewConfig
 
 DESCRIPTION = """\
@@ -41,15 +40,7 @@ def parser() -> Parser:
         "model", default=EMBEDDED, help=f"hub name, local folder, or {EMBEDDED} (default)"
     )
     add_scales(flags)
-    flags.add_flag(
-        "output_dir",
-        type=Path,
-        default=Path("results/quantized"),
-        help="the model is saved in a folder of its name in here (default: results/quantized)",
-    )
-    flags.add_flag("no_sq", action="store_true", help="without SmoothQuant")
-    flags.add_config(QuantConfig, skip=("alpha", "max_drop"))
-    add_alpha(flags)
+    add_recipe(flags)
     flags.add_config(ReviewConfig, skip=("limit",))
     flags.add_config(OutputConfig)
     return flags
@@ -65,7 +56,7 @@ def command(arguments: Sequence[str]) -> None:
         quantize_streamed.command(arguments)
         return
     flags = parser().parse_args(arguments)
-    config, data = _config(flags), build(ReviewConfig, flags)
+    config, data = with_scales(recipe(flags), flags), build(ReviewConfig, flags)
     check_output(flags.output)
 
     from ipex_sq.backends.quantization import check_config, quantize_model
@@ -116,14 +107,6 @@ def _description(quantized: Any) -> dict[str, Any]:
         "undone_folds": dict(quantized.undone_folds),
         "seconds": quantized.seconds,
     }
-
-
-def _config(flags: argparse.Namespace) -> QuantConfig:
-    if flags.no_sq:
-        if flags.alpha is not None:
-            raise ConfigError("--alpha belongs to SmoothQuant: leave --no_sq out")
-        return build(QuantConfig, flags, alpha=None)
-    return with_scales(build(QuantConfig, flags, alpha=chosen_alpha(flags)), flags)
 
 
 def _statistics(flags: argparse.Namespace, classifier: Any, data: ReviewConfig) -> tuple[Any, Any]:

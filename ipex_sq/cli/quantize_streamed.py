@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ipex_sq.cli.flags import Parser, argument, build
 from ipex_sq.cli.running import check_output, findable, show
-from ipex_sq.cli.scales import add_alpha
-from ipex_sq.config import EMBEDDED, DataConfig, OutputConfig, QuantConfig
-from ipex_sq.errors import ConfigError, DataError
+from ipex_sq.cli.scales import add_recipe, recipe
+from ipex_sq.config import EMBEDDED, DataConfig, OutputConfig
+from ipex_sq.errors import DataError
 from ipex_sq.system import parse_bytes
 
 DESCRIPTION = """\
@@ -29,7 +28,6 @@ EXAMPLES = """\
 """
 
 _FLAGS = ("--max_memory", "--max-memory", "--resume")
-_NOT_STREAMED = ("alpha", "max_drop", "observer", "percentile")
 
 
 def is_meant(arguments: Sequence[str]) -> bool:
@@ -49,15 +47,7 @@ def parser() -> Parser:
         "would take more (default: what is available)",
     )
     flags.add_flag("resume", action="store_true", help="go on after the last finished block")
-    flags.add_flag(
-        "output_dir",
-        type=Path,
-        default=Path("results/quantized"),
-        help="the model is saved in a folder of its name in here (default: results/quantized)",
-    )
-    flags.add_flag("no_sq", action="store_true", help="without SmoothQuant")
-    flags.add_config(QuantConfig, skip=_NOT_STREAMED)
-    add_alpha(flags)
+    add_recipe(flags, skip=("observer", "percentile"))
     flags.add_config(DataConfig, skip=("limit",))
     flags.add_config(OutputConfig)
     return flags
@@ -70,7 +60,7 @@ def command(arguments: Sequence[str]) -> None:
         IpexSqError: Anything that a user can mend; finished blocks are kept.
     """
     flags = parser().parse_args(arguments)
-    config, data = _config(flags), build(DataConfig, flags)
+    config, data = recipe(flags), build(DataConfig, flags)
     check_output(flags.output)
     if flags.model != EMBEDDED and not (Path(flags.model) / "config.json").is_file():
         raise DataError(f"--model {flags.model} is not a folder with config.json and safetensors")
@@ -119,13 +109,6 @@ def _made(streamed: Any) -> dict[str, Any]:
         "estimated_bytes": streamed.estimated_bytes,
         "peak_rss_bytes": streamed.peak_rss_bytes,
     }
-
-
-def _config(flags: argparse.Namespace) -> QuantConfig:
-    if flags.no_sq and flags.alpha is not None:
-        raise ConfigError("--alpha belongs to SmoothQuant: leave --no_sq out")
-    given = QuantConfig.alpha if flags.alpha is None else flags.alpha
-    return build(QuantConfig, flags, alpha=None if flags.no_sq else given)
 
 
 def _safetensors(folder: Path) -> int:

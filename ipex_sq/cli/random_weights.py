@@ -13,7 +13,7 @@ from ipex_sq.system import parse_bytes
 
 DESCRIPTION = """\
 Write a checkpoint folder with random weights at the shape of a published language model, in shards
-and with one block in memory at a time: something to try commands on where the weights are not at
+and with one module in memory at a time: something to try commands on where the weights are not at
 hand. The tokenizer is the embedded model's. stdout ends in one JSON line.
 """
 
@@ -35,7 +35,7 @@ def parser() -> Parser:
         type=argument(parse_bytes),
         default=parse_bytes("2GB"),
         metavar="SIZE",
-        help="of one file, where a block fits in it (default: 2GB)",
+        help="of one file, where a module fits in it (default: 2GB)",
     )
     return flags
 

@@ -1,11 +1,11 @@
-"""The flags --alpha and --act_scales_path, and what one says of the other."""
+"""The flags of a recipe, and what --alpha and --act_scales_path say of each other."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ipex_sq.cli.flags import Parser, argument
+from ipex_sq.cli.flags import Parser, argument, build
 from ipex_sq.config import AUTO, GPTQ, QuantConfig, parse_alpha, setting_help
 from ipex_sq.errors import ConfigError
 
@@ -34,10 +34,34 @@ def add_scales(flags: Parser) -> None:
     )
 
 
+def add_recipe(flags: Parser, *, skip: tuple[str, ...] = ()) -> None:
+    """Add what both forms of `quantize` take: where to save, and the recipe without `skip`."""
+    flags.add_flag(
+        "output_dir",
+        type=Path,
+        default=Path("results/quantized"),
+        help="the model is saved in a folder of its name in here (default: results/quantized)",
+    )
+    flags.add_flag("no_sq", action="store_true", help="without SmoothQuant")
+    flags.add_config(QuantConfig, skip=("alpha", "max_drop", *skip))
+    add_alpha(flags)
+
+
+def recipe(flags: argparse.Namespace) -> QuantConfig:
+    """The recipe that flags of `add_recipe` ask for.
+
+    Raises:
+        ConfigError: They contradict each other.
+    """
+    if flags.no_sq and flags.alpha is not None:
+        raise ConfigError("--alpha belongs to SmoothQuant: leave --no_sq out")
+    return build(QuantConfig, flags, alpha=None if flags.no_sq else chosen_alpha(flags))
+
+
 def chosen_alpha(flags: argparse.Namespace) -> float | str:
     """Alpha as given, else the default, with a scales file the paper's."""
     if flags.alpha is None:
-        return PAPER_ALPHA if flags.act_scales_path is not None else AUTO
+        return AUTO if getattr(flags, "act_scales_path", None) is None else PAPER_ALPHA
     alpha: float | str = flags.alpha
     return alpha
 

@@ -42,12 +42,11 @@ class StreamedModel:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Build the model and load what belongs to no block.
+        """Build the model, without weights.
 
         Raises:
             CheckpointError: The folder holds no safetensors or others than config.json says.
             UnsupportedModelError: No language model, or Linears that belong to no block.
-            NumericalCheckError: A weight is not finite.
         """
         model = float_skeleton(str(folder))
         transposed = conv1d_weights(model)
@@ -69,7 +68,11 @@ class StreamedModel:
         }
 
     def load_outside(self) -> None:
-        """Load what belongs to no block, and the small parameters of the blocks."""
+        """Load what belongs to no block, and the small parameters of the blocks.
+
+        Raises:
+            NumericalCheckError: A weight is not finite.
+        """
         large = {name for names in self._large.values() for name in names}
         self._fill([name for name in self.sizes if name not in large], check=True)
         for path in self.blocks:
@@ -174,8 +177,7 @@ class StreamedModel:
 
     def _fill(self, names: Iterable[str], *, check: bool = False) -> None:
         for name in names:
-            ((_, tensor),) = self.weights.read([name], check=check).items()
-            parameter = nn.Parameter(tensor, requires_grad=False)
+            parameter = nn.Parameter(self.weights.read(name, check=check), requires_grad=False)
             for place in (name, *self.weights.tied[name]):
                 self._set(place, parameter)
 

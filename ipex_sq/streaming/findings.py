@@ -68,11 +68,7 @@ class Findings:
 
     @cached_property
     def gathers_hessians(self) -> bool:
-        """Whether Hessians are wanted and fit, as they would have to in memory.
-
-        Raises:
-            CalibrationError: GPTQ was asked for and they do not fit.
-        """
+        """Whether Hessians are wanted and fit, as they would have to in memory."""
         linears = self.model.linears
         features = [linears[group.key].in_features for group in self.topology.groups]
         return self.wanted.needs_hessians and fit_hessians(features)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipex_sq.backends.base import DTYPES
-from ipex_sq.checkpoint.shards import write_index
+from ipex_sq.checkpoint.folders import replace_folder
+from ipex_sq.checkpoint.shards import shard_names, write_index, write_safetensors
 from ipex_sq.errors import ConfigError, ResourceError
 from ipex_sq.models.loading import float_skeleton, load_tokenizer
 from ipex_sq.models.shapes import is_classifier_shape, shape_config
-from ipex_sq.streaming.journal import disk_errors, write_tensors
+from ipex_sq.streaming.journal import disk_errors
 
 
 def write_random_weights(
@@ -30,28 +30,24 @@ def write_random_weights(
         folder: Is made.
         dtype: Of the weights, "bf16" or "fp32".
         seed: Of the weights.
-        shard_bytes: Of one file; a block is never split.
+        shard_bytes: Of one file; a module is never split.
 
     Returns:
         How many parameters, bytes and shards.
 
     Raises:
-        ConfigError: The shape is a classifier's.
+        ConfigError: The shape is a classifier's, or the folder holds something.
         ResourceError: The disk is full.
     """
     if is_classifier_shape(shape):
         raise ConfigError(f"{shape} is a classifier: random-weights writes language models")
+    written: dict[str, Any] = {}
+
+    def write(scratch: Path) -> None:
+        written.update(_write(shape, scratch, dtype=dtype, seed=seed, shard_bytes=shard_bytes))
+
     with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
-        try:
-            written = _write(shape, scratch, dtype=dtype, seed=seed, shard_bytes=shard_bytes)
-            scratch.chmod(0o755)
-            if folder.exists():
-                folder.rmdir()
-            scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        replace_folder(folder, write)
     return written
 
 
@@ -76,7 +72,7 @@ def _write(shape: str, folder: Path, *, dtype: str, seed: int, shard_bytes: int)
                 files.append(_flush(folder, len(files), shard))
             shard |= tensors
         files.append(_flush(folder, len(files), shard))
-    names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    names = shard_names(len(files))
     for old, new in zip(files, names, strict=True):
         (folder / old).rename(folder / new)
     write_index(folder, names)
@@ -108,7 +104,7 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
 
 def _flush(folder: Path, number: int, shard: dict[str, Tensor]) -> str:
     """Write `shard` and empty it."""
-    name = f"shard-{number}"
-    write_tensors(folder, name, shard)
+    name = f"shard-{number}.safetensors"
+    write_safetensors(shard, folder / name)
     shard.clear()
-    return f"{name}.safetensors"
+    return name

@@ -59,30 +59,22 @@ class FloatWeights:
             if self._shards.shapes[self._stored[name]] != wanted:
                 raise CheckpointError(f"{folder}: {name!r} has not the shape that config.json says")
 
-    def read(self, names: Iterable[str], *, check: bool = False) -> dict[str, Tensor]:
-        """The parameters `names` (first names of tied ones).
+    def read(self, name: str, *, check: bool = False) -> Tensor:
+        """The parameter `name` (the first name of a tied one); its file is unmapped again.
 
-        Args:
-            names: Of parameters.
-            check: Also whether they are finite.
+        `check`: also whether it is finite.
 
         Raises:
             CheckpointError: A file cannot be read.
-            NumericalCheckError: A weight is not finite.
+            NumericalCheckError: A value is not finite.
         """
-        found = {}
-        for name in names:  # one by one: its file is mapped no longer than it takes to copy it
-            tensor = self._shards.named([self._stored[name]])[self._stored[name]]
-            tensor = tensor.t() if name in self._transposed else tensor
-            found[name] = tensor.to(torch.float32, copy=True).contiguous()
-            if check:
-                check_finite_weight(name, found[name])
+        stored = self._stored[name]
+        tensor = self._shards.named([stored])[stored]
+        tensor = tensor.t() if name in self._transposed else tensor
+        found = tensor.to(torch.float32, copy=True).contiguous()
+        if check:
+            check_finite_weight(name, found)
         return found
-
-    def of_linear(self, path: str) -> Tensor:
-        """The weight `[out_features, in_features]` of the Linear at `path`."""
-        name = f"{path}.weight"
-        return self.read([name])[name]
 
 
 class OnDisk(Mapping[str, Tensor]):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ipex_sq.backends.native import cast_float, int8_linear
 from ipex_sq.checkpoint.saving import stored_tensors, write_folder
-from ipex_sq.checkpoint.shards import write_index
+from ipex_sq.checkpoint.shards import shard_names, write_index, write_safetensors
 from ipex_sq.models.folding import apply_smoothing, replace_module
 from ipex_sq.models.rounding import round_weights
 from ipex_sq.recipe.plan import QuantPlan
@@ -94,8 +94,7 @@ def write_checkpoint(
 
     def write_weights(folder: Path) -> None:
         blocks = findings.model.blocks
-        count = len(blocks) + 1
-        files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        files = shard_names(len(blocks) + 1)
         for index, file in enumerate(files[:-1]):
             _place(journal.folder / _step(index) / "block.safetensors", folder / file)
         outside = {
@@ -103,7 +102,7 @@ def write_checkpoint(
             for name, tensor in stored_tensors(model).items()
             if not any(name.startswith(f"{path}.") for path in blocks)
         }
-        write_tensors(folder, files[-1].removesuffix(".safetensors"), outside)
+        write_safetensors(outside, folder / files[-1])
         write_index(folder, files)
 
     write_folder(model, target, tokenizer, origin=origin, write_weights=write_weights)
@@ -114,7 +113,7 @@ def _plan(findings: Findings, texts: Mapping[str, Any], dtype: str) -> QuantPlan
     if not journal.has(PLAN):
         stats = findings.stats()
         stats = replace(stats, source={**texts, **stats.source})
-        weights = OnDisk(stats.linears, findings.model.weights.of_linear)
+        weights = OnDisk(stats.linears, lambda name: findings.model.weights.read(f"{name}.weight"))
         plan = make_plan(stats, weights, findings.wanted, findings.search)
         with journal.step(PLAN) as folder:
             write_tensors(folder, "plan", plan_tensors(plan))

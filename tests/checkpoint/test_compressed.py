@@ -90,6 +90,7 @@ def test_the_command_writes_it(batches, tokenizer, tmp_path, capsys):
     assert run(eval_lambada.command, [*flags, "--backend", "native"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert config.get("dtype", config.get("torch_dtype")) == "float32"
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert stored["model.layers.0.self_attn.q_proj.weight"].dtype == torch.int8

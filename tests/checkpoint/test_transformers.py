@@ -263,7 +263,7 @@ def test_another_precision_is_not_taken(saved, unseen, caplog):
     assert torch.equal(logits_of(again, unseen), logits_of(model, unseen))
 
 
-@pytest.mark.skipif(LANE != "ipex", reason="writes a checkpoint of the ipex backend")
+@pytest.mark.skipif(LANE != "ipex", reason="no IPEX goes with this torch; the ipex lane runs it")
 def test_a_graph_of_ipex_is_not_for_from_pretrained(batches, tmp_path):
     model = quantize(tiny_model("llama"), batches, QuantConfig(alpha=0.5, backend="ipex"))
     folder = save(model, tmp_path / "int8")

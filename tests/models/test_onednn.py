@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from ipex_sq.models import onednn
-from ipex_sq.models.onednn import fits_packed, onednn_linears
+from ipex_sq.models.calibration import calibrate
+from ipex_sq.models.onednn import calibration_dtype, fits_packed, onednn_linears
+from ipex_sq.models.tiny import tiny_model
 
 
 class _Odd(nn.Linear):
@@ -49,6 +51,14 @@ def test_other_modules_and_large_models_are_left_alone(monkeypatch):
     assert fits_packed([100, 100])
     monkeypatch.setattr(onednn, "MOST_BYTES", 10)
     assert not fits_packed([3, 3])
+
+
+def test_calibration_of_a_large_model_stays_in_fp32(batches, monkeypatch):
+    assert calibrate(tiny_model("llama"), batches).source["dtype"] == str(
+        calibration_dtype()
+    ).removeprefix("torch.")
+    monkeypatch.setattr(onednn, "MOST_BYTES", 10)
+    assert calibrate(tiny_model("llama"), batches).source["dtype"] == "float32"
 
 
 def test_the_block_ends_where_it_raises():
