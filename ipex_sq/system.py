@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -73,6 +74,12 @@ class SystemCard:
     def as_dict(self) -> dict[str, object]:
         """The card as plain data, for JSON."""
         return asdict(self)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of <malloc.h>: how much freed memory stays, and from which size on a tensor is a mapping."""
+
+_MOST_INT = 2**31 - 1
 
 
 @functools.cache
@@ -171,6 +178,7 @@ def parse_bytes(text: str) -> int:
 
 def reset_peak_rss() -> None:
     """Make `peak_rss_bytes` count from now (Linux; elsewhere the peak stays the process's)."""
+    give_freed_memory_back()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -189,6 +197,29 @@ def cache_directory() -> Path:
     """Where converted models live: `$IPEX_SQ_CACHE`, else `~/.cache/ipex_sq`."""
     chosen = os.environ.get("IPEX_SQ_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "ipex_sq"
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, for its next batch.
+
+    glibc gives large tensors back to the system and asks for them again in every layer: in the
+    INT8 forward of SmolLM2, 16 x 196 tokens, 325,000 page faults took a third of the time.
+    Does nothing for another allocator, or where the user has set glibc's up.
+    """
+    chosen = any(name.startswith("MALLOC_") for name in os.environ)
+    if _allocator() != "libc" or chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            mallopt(parameter, _MOST_INT)
+
+
+def give_freed_memory_back() -> None:
+    """Return to the system what this process has freed and kept, as before a long sleep."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _process_peak() -> int:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_sq.backends.row_kernels import MOST_ROWS, RowLinear
+from ipex_sq.backends.brgemm import MOST_ROWS
+from ipex_sq.backends.head import widen_logits
 from ipex_sq.models.caching import (
     KeysAndValues,
     LayerCache,
@@ -25,6 +26,7 @@ from ipex_sq.models.caching import (
     past_of,
     with_cache,
 )
+from ipex_sq.system import keep_freed_memory
 
 KINDS = 256
 """Forms of one layer (model, precision, recipe, grad mode) that a process may compile.
@@ -50,17 +52,15 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
 def compile_layers(model: nn.Module) -> nn.Module:
     """Compile every repeated layer of `model` in place, for any batch size and length.
 
-    The head of a language model gets a faster product for one row.
+    A bf16 head gives logits in fp32, and the process keeps the memory that it frees.
     """
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * KINDS)
     for layer in find_layers(model):
         layer.forward = _CompiledForward(layer)  # type: ignore[assignment, method-assign]
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    if isinstance(head, nn.Linear):
-        head.forward = RowLinear(head)  # type: ignore[assignment, method-assign]
+    widen_logits(model)
+    keep_freed_memory()
     return model
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ipex_sq.backends.row_kernels import MOST_ROWS, row_kernels_built
+from ipex_sq.backends.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
     ACTIVATION_LEVELS,
@@ -88,8 +88,8 @@ class Int8Linear(nn.Module):
         input_zero_point: Scalar int32.
         weight_scale: `[out_features]`, fp32.
         bias: `[out_features]`, fp32, or None.
-        row_weight: int8 levels once more, `[out_features, in_features]`, for products of a few
-            rows (`row_kernels.py`); None until `keep_rows`.
+        row_weight: int8 levels once more, in brgemm's layout, for products of a few rows; None
+            until `keep_rows`.
         row_sums: `[out_features]` int32, sums over its rows.
     """
 
@@ -168,9 +168,10 @@ class Int8Linear(nn.Module):
 
     def keep_rows(self) -> None:
         """Keep what products of a few rows need, where they are faster than oneDNN's."""
-        if self.row_weight is None and row_kernels_built():
-            self.row_weight = self.weight
-            self.row_sums = self.row_weight.sum(dim=1, dtype=torch.int32)
+        if self.row_weight is None and self.in_features % GROUP == 0 and brgemm_built():
+            weight = self.weight
+            self.row_weight = pack_rows(weight)
+            self.row_sums = weight.sum(dim=1, dtype=torch.int32)
 
     @property
     def weight(self) -> Tensor:

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.backends.base import DTYPES, Backend, Example
+from ipex_sq.backends.head import widen_logits
 from ipex_sq.errors import NumericalCheckError
 from ipex_sq.models.body import BodyForTracing, ReplacedBody, replace_body
 from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.recipe.plan import LinearPlan, QuantPlan
 from ipex_sq.recipe.splitting import append_copies
-from ipex_sq.system import int8_isa, usable_flags
+from ipex_sq.system import int8_isa, keep_freed_memory, usable_flags
 
 PACKAGE = "intel_extension_for_pytorch"
 IPEX_VERSION = "2.8"
@@ -105,7 +106,15 @@ class IpexBackend(Backend):
         # until then bf16 bits differ from call to call.
         with quiet():
             warm_up(frozen, inputs)
-        return replace_body(model, ReplacedBody(frozen, DTYPES[dtype], names))
+        return with_graph(model, frozen, dtype, names)
+
+
+def with_graph(model: nn.Module, graph: Any, dtype: str, names: tuple[str, ...]) -> nn.Module:
+    """Put a graph that takes the tensors `names` in the place of the body; in place."""
+    model = replace_body(model, ReplacedBody(graph, DTYPES[dtype], names))
+    widen_logits(model)
+    keep_freed_memory()
+    return model
 
 
 def _graph(body: nn.Module, plan: QuantPlan, inputs: tuple[Any, ...], prefix: str) -> Any:

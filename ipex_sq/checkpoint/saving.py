@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from ipex_sq import __version__
 from ipex_sq.backends.base import DTYPES
 from ipex_sq.backends.int8_linear import Int8Linear
-from ipex_sq.backends.ipex import IpexBackend, load_graph, tracing_inputs, warm_up
+from ipex_sq.backends.ipex import (
+    IpexBackend,
+    load_graph,
+    tracing_inputs,
+    warm_up,
+    with_graph,
+)
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.checkpoint.card import model_card
@@ -31,7 +37,7 @@ from ipex_sq.checkpoint.integrity import check_file, check_folder, check_transfo
 from ipex_sq.checkpoint.plans import load_plan, save_plan
 from ipex_sq.checkpoint.shards import MAX_SHARD_SIZE, Shards, write_shards
 from ipex_sq.errors import CheckpointError, ConfigError
-from ipex_sq.models.body import ReplacedBody, replace_body
+from ipex_sq.models.body import ReplacedBody
 from ipex_sq.models.loading import load_quantized, skeleton, task_of
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.system import package_versions
@@ -258,7 +264,7 @@ def _load_ipex(folder: Path) -> nn.Module:
     graph = warm_up(load_graph(folder / GRAPH), inputs)
     setattr(model, str(model.base_model_prefix), nn.Identity())
     _assign(model, Shards(folder).read())
-    model = replace_body(model, ReplacedBody(graph, DTYPES[manifest["dtype"]], names))
+    model = with_graph(model, graph, manifest["dtype"], names)
     model.quant_plan = load_plan(folder)  # type: ignore[assignment]
     model.quant_dtype = manifest["dtype"]
     model.made_from = manifest["made_from"]

@@ -29,7 +29,7 @@ from ipex_sq.evaluation.runs import (
 )
 from ipex_sq.models.calibration import stats_from_file
 from ipex_sq.models.loading import load_model
-from ipex_sq.system import peak_rss_bytes, reset_peak_rss
+from ipex_sq.system import keep_freed_memory, peak_rss_bytes, reset_peak_rss
 
 HELD_OUT = 4
 """One text in so many is held out of the calibration, where `max_drop` measures."""
@@ -97,6 +97,7 @@ class Experiment:
     def run(self, run: Run) -> Outcome:
         """Load, quantize where asked, and score one model."""
         reset_peak_rss()
+        keep_freed_memory()
         model, tokenizer = load_model(
             self._model.model_name_or_path, trust_remote_code=self._model.trust_remote_code
         )

@@ -32,7 +32,7 @@ from ipex_sq.models.embedded_encoder import embedded_classifier_folder
 from ipex_sq.models.finetuning import TRAINING
 from ipex_sq.models.loading import SEQUENCE_CLASSIFICATION, load_tokenizer
 from ipex_sq.review_config import ReviewConfig
-from ipex_sq.system import peak_rss_bytes, reset_peak_rss
+from ipex_sq.system import keep_freed_memory, peak_rss_bytes, reset_peak_rss
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class ReviewExperiment:
     def run(self, run: Run) -> Outcome:
         """Load, quantize where asked, and score one model."""
         reset_peak_rss()
+        keep_freed_memory()
         check_training(self._model, self._texts.evaluation)
         classifier = load_classifier(self._model)
         if run.quant is None:
@@ -138,6 +139,7 @@ class ReviewExperiment:
             DataError: It was calibrated on some of the reviews.
         """
         reset_peak_rss()
+        keep_freed_memory()
         manifest = check_task(folder)
         plan = load_plan(folder)
         rows = plan.calibration.get("row_sha256", ())

@@ -6,9 +6,9 @@ import transformers
 from torch import nn
 
 from ipex_sq import QuantConfig, quantize
+from ipex_sq.backends.brgemm import MOST_ROWS
 from ipex_sq.backends.compiling import compile_layers, find_layers
 from ipex_sq.backends.int8_linear import Int8Linear
-from ipex_sq.backends.row_kernels import MOST_ROWS
 from ipex_sq.models.running import run_model
 from ipex_sq.models.tiny import tiny_model
 
@@ -68,7 +68,7 @@ def test_other_ways_to_generate_say_the_same(options):
     assert torch.equal(_generate(compile_layers(tiny_model("llama")), prompt, **options), wanted)
 
 
-def test_generated_tokens_run_the_row_kernel(batches, monkeypatch):
+def test_generated_tokens_run_the_kernel_of_few_rows(batches, monkeypatch):
     called = []
     kept = Int8Linear.keep_rows
     monkeypatch.setattr(Int8Linear, "keep_rows", lambda self: (called.append(self), kept(self))[1])

@@ -6,11 +6,10 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
-from ipex_sq.backends import row_kernels
+from ipex_sq.backends import brgemm
+from ipex_sq.backends.brgemm import brgemm_built
 from ipex_sq.backends.int8_linear import Int8Linear
-from ipex_sq.backends.row_kernels import RowLinear, row_kernels_built
 from ipex_sq.recipe.qparams import ActivationQParams
 
 SHAPES = [(8, 16), (65, 100), (192, 576)]
@@ -18,20 +17,20 @@ SHAPES = [(8, 16), (65, 100), (192, 576)]
 
 
 def test_the_kernels_build_here():
-    assert row_kernels_built()
+    assert brgemm_built()
 
 
 def test_another_cpu_builds_its_own(monkeypatch):
-    here = row_kernels.build_directory()
-    monkeypatch.setattr(row_kernels, "cpu_flags", lambda: frozenset({"avx2"}))
-    assert row_kernels.build_directory() != here
+    here = brgemm.build_directory()
+    monkeypatch.setattr(brgemm, "cpu_flags", lambda: frozenset({"avx2"}))
+    assert brgemm.build_directory() != here
 
 
 BUILD = """
-from ipex_sq.backends.row_kernels import build_directory, row_kernels_built
+from ipex_sq.backends.brgemm import build_directory, brgemm_built
 build_directory().mkdir(parents=True)
 (build_directory() / "lock").touch()
-assert row_kernels_built()
+assert brgemm_built()
 """
 
 
@@ -69,21 +68,3 @@ def test_the_largest_sums_are_exact():
     linear.set_input(ActivationQParams(1.0, 0), None)
     linear.keep_rows()
     assert linear(torch.full((1, 4096), 255.0)).tolist() == [[127 * 255 * 4096.0] * 2]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_one_bf16_row_is_as_near_as_the_library(shape):
-    torch.manual_seed(0)
-    linear = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16)
-    x = torch.randn(1, 1, shape[1], dtype=torch.bfloat16)
-    exact = x.double() @ linear.weight.double().T
-    found = RowLinear(linear)(x)
-    # One rounding to bf16 at the end, half a unit in the last of 8 bits.
-    assert (found - exact).abs().max() <= 2**-8 * exact.abs().max()
-    assert torch.equal(RowLinear(linear)(x.expand(1, 2, -1)), linear(x.expand(1, 2, -1)))
-
-
-def test_a_head_with_a_bias_or_in_fp32_stays_with_the_library():
-    for linear in (nn.Linear(16, 8, dtype=torch.bfloat16), nn.Linear(16, 8, bias=False)):
-        x = torch.randn(1, 1, 16, dtype=linear.weight.dtype)
-        assert torch.equal(RowLinear(linear)(x), linear(x))

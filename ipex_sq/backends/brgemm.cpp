@@ -1,0 +1,250 @@
+// Linears that torch has no good operator for, on oneDNN's brgemm kernels, which torch exports to
+// C++ alone: int8 products of a few rows, and logits in fp32 from bf16.
+//
+// brgemm multiplies A [M, K] with a tile of B in the layout of the dot-product instructions: pairs
+// of bf16, or fours of int8, that one instruction adds up stand next to each other.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using at::BFloat16;
+using at::native::cpublas::brgemm;
+
+constexpr int64_t kTile = 64;        // columns of one call
+constexpr int64_t kTilesPerTask = 4; // their results are 1 KiB of a row of logits
+constexpr int64_t kRowsPerCall = 64;
+constexpr int64_t kFewRows = 32;     // from here on it pays to bring the weight into B's layout
+constexpr int64_t kVector = 16;      // words of 32 bits in a register
+
+void check(const at::Tensor& x, int64_t in_features) {
+  TORCH_CHECK(x.size(-1) == in_features, "input and weight differ in width");
+  TORCH_CHECK(x.is_contiguous(), "the input must be contiguous");
+}
+
+at::Tensor empty_output(const at::Tensor& x, int64_t out_features, at::ScalarType dtype) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = out_features;
+  return at::empty(sizes, x.options().dtype(dtype));
+}
+
+// Sums of one tile in int32 to outputs: y = (sum - zero_point * row sum) * scale + bias.
+struct Epilogue {
+  int32_t zero_point;
+  float scale;
+  const int32_t* weight_sums;
+  const float* weight_scales;
+  const float* biases;
+
+  template <typename T>
+  void operator()(const int32_t* sums, T* to, int64_t first, int64_t columns) const {
+    for (int64_t n = 0; n < columns; ++n) {
+      const int64_t at = first + n;
+      const float sum = static_cast<float>(sums[n] - zero_point * weight_sums[at]);
+      to[n] = sum * (scale * weight_scales[at]) + (biases ? biases[at] : 0.0f);
+    }
+  }
+};
+
+template <typename T>
+void int8_tiles(const at::Tensor& levels, const at::Tensor& packed, const Epilogue& finish, at::Tensor& output) {
+  const int64_t in_features = levels.size(-1);
+  const int64_t out_features = output.size(-1);
+  const int64_t rows = levels.numel() / in_features;
+  const uint8_t* x = levels.const_data_ptr<uint8_t>();
+  const int8_t* weights = packed.const_data_ptr<int8_t>();
+  T* out = output.mutable_data_ptr<T>();
+  at::parallel_for(0, packed.size(0), kTilesPerTask, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> sums(rows * kTile);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kTile;
+      const int64_t columns = std::min(kTile, out_features - first);
+      brgemm(rows, kTile, in_features, in_features, kTile, kTile, false, x,
+             weights + first * in_features, sums.data());
+      for (int64_t row = 0; row < rows; ++row) {
+        finish(sums.data() + row * kTile, out + row * out_features + first, first, columns);
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+// levels [..., in] uint8; packed [out / 64, in / 4, 64, 4] int8; weight_sums [out] int32, the sums
+// of the weight's rows; weight_scale and bias [out] fp32; returns [..., out] fp32 or bf16.
+at::Tensor int8_rows(
+    const at::Tensor& levels,
+    const at::Tensor& input_scale,
+    const at::Tensor& input_zero_point,
+    const at::Tensor& packed,
+    const at::Tensor& weight_sums,
+    const at::Tensor& weight_scale,
+    const std::optional<at::Tensor>& bias,
+    at::ScalarType dtype) {
+  check(levels, packed.size(1) * packed.size(3));
+  auto output = empty_output(levels, weight_scale.size(0), dtype);
+  const Epilogue finish{
+      *input_zero_point.const_data_ptr<int32_t>(),
+      *input_scale.const_data_ptr<float>(),
+      weight_sums.const_data_ptr<int32_t>(),
+      weight_scale.const_data_ptr<float>(),
+      bias ? bias->const_data_ptr<float>() : nullptr};
+  if (dtype == at::kBFloat16) {
+    int8_tiles<BFloat16>(levels, packed, finish, output);
+  } else {
+    int8_tiles<float>(levels, packed, finish, output);
+  }
+  return output;
+}
+
+// One row of logits reads the weight once, as it is. A function of its own: inside a lambda the
+// compiler does not vectorize it. w holds the bits of bf16.
+float dot(const float* x, const uint16_t* w, int64_t size) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < size; ++k) {
+    const uint32_t bits = static_cast<uint32_t>(w[k]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    sum += x[k] * value;
+  }
+  return sum;
+}
+
+struct Logits {
+  const BFloat16* x;      // [rows, in_features]
+  const BFloat16* weight; // [out_features, in_features]
+  float* out;             // [rows, out_features]
+  int64_t rows, in_features, out_features;
+
+  int64_t pairs() const { return in_features / 2; }
+
+  void of_one_row() const {
+    std::vector<float> wide(x, x + in_features);
+    const auto* bits = reinterpret_cast<const uint16_t*>(weight);
+    at::parallel_for(0, out_features, kTile, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        out[n] = dot(wide.data(), bits + n * in_features, in_features);
+      }
+    });
+  }
+
+  // The product transposed: the weight is A and the few rows are B.
+  void of_few_rows() const {
+    const int64_t wide = (rows + kVector - 1) / kVector * kVector;
+    std::vector<uint32_t> packed(pairs() * wide, 0);
+    const auto* words = reinterpret_cast<const uint32_t*>(x);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t k = 0; k < pairs(); ++k) packed[k * wide + row] = words[row * pairs() + k];
+    }
+    const auto* b = reinterpret_cast<const BFloat16*>(packed.data());
+    const int64_t tiles = (out_features + kTile - 1) / kTile;
+    at::parallel_for(0, tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
+      std::vector<float> sums(kTile * wide);
+      for (int64_t first = begin * kTile; first < std::min(end * kTile, out_features);
+           first += kTile) {
+        const int64_t columns = std::min(kTile, out_features - first);
+        brgemm(columns, wide, in_features, in_features, wide, wide, false,
+               weight + first * in_features, b, sums.data());
+        for (int64_t row = 0; row < rows; ++row) {
+          float* to = out + row * out_features + first;
+          for (int64_t n = 0; n < columns; ++n) to[n] = sums[n * wide + row];
+        }
+      }
+      at::native::cpublas::brgemm_release();
+    });
+  }
+
+  // Tile by tile the weight is brought into B's layout, and all rows are multiplied with it.
+  void of_many_rows() const {
+    const int64_t width = kTile * kTilesPerTask;
+    at::parallel_for(0, (out_features + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+      std::vector<uint32_t> packed(pairs() * width);
+      std::vector<float> sums(kRowsPerCall * kTile);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t last = std::min((task + 1) * width, out_features);
+        for (int64_t n = task * width; n < last; n += kTile) {
+          pack(packed.data() + (n - task * width) * pairs(), n, std::min(kTile, last - n));
+        }
+        for (int64_t row = 0; row < rows; row += kRowsPerCall) {
+          for (int64_t n = task * width; n < last; n += kTile) {
+            const auto* b = reinterpret_cast<const BFloat16*>(
+                packed.data() + (n - task * width) * pairs());
+            multiply(b, row, n, std::min(kTile, last - n), sums.data());
+          }
+        }
+      }
+      at::native::cpublas::brgemm_release();
+    });
+  }
+
+ private:
+  void pack(uint32_t* to, int64_t first, int64_t columns) const {
+    const auto* from = reinterpret_cast<const uint32_t*>(weight + first * in_features);
+    int64_t k = 0;
+    for (; columns == kTile && k + kVector <= pairs(); k += kVector) {
+      for (int64_t n = 0; n < kTile; n += kVector) {
+        at::vec::transpose_mxn<float, kVector, kVector>(
+            reinterpret_cast<const float*>(from + n * pairs() + k), pairs(),
+            reinterpret_cast<float*>(to + k * kTile + n), kTile);
+      }
+    }
+    for (; k < pairs(); ++k) {
+      for (int64_t n = 0; n < columns; ++n) to[k * kTile + n] = from[n * pairs() + k];
+    }
+  }
+
+  void multiply(const BFloat16* b, int64_t row, int64_t first, int64_t columns, float* sums) const {
+    const int64_t count = std::min(kRowsPerCall, rows - row);
+    float* to = out + row * out_features + first;
+    const bool whole = columns == kTile;
+    brgemm(count, kTile, in_features, in_features, kTile, whole ? out_features : kTile, false,
+           x + row * in_features, b, whole ? to : sums);
+    for (int64_t r = 0; r < count && !whole; ++r) {
+      std::memcpy(to + r * out_features, sums + r * kTile, columns * sizeof(float));
+    }
+  }
+};
+
+// x [..., in] bf16, in even; weight [out, in] bf16; returns [..., out] fp32.
+at::Tensor bf16_logits(const at::Tensor& x, const at::Tensor& weight) {
+  check(x, weight.size(1));
+  TORCH_CHECK(weight.is_contiguous() && weight.size(1) % 2 == 0, "an even width is needed");
+  auto output = empty_output(x, weight.size(0), at::kFloat);
+  const Logits logits{
+      x.const_data_ptr<BFloat16>(),
+      weight.const_data_ptr<BFloat16>(),
+      output.mutable_data_ptr<float>(),
+      x.numel() / x.size(-1),
+      weight.size(1),
+      weight.size(0)};
+  if (logits.rows == 1) {
+    logits.of_one_row();
+  } else if (logits.rows <= kFewRows) {
+    logits.of_few_rows();
+  } else {
+    logits.of_many_rows();
+  }
+  return output;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ipex_sq, library) {
+  library.def(
+      "int8_rows(Tensor levels, Tensor input_scale, Tensor input_zero_point, Tensor packed, "
+      "Tensor weight_sums, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor");
+  library.impl(
+      "int8_rows", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, int8_rows));
+  library.def("bf16_logits(Tensor x, Tensor weight) -> Tensor");
+  library.impl(
+      "bf16_logits", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, bf16_logits));
+}

@@ -1,0 +1,106 @@
+"""Linears on oneDNN's brgemm kernels, which torch exports to C++ only; built once for a machine."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ipex_sq.system import cache_directory, cpu_flags, usable_flags
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+MOST_ROWS = 32
+"""That `int8_rows` is used for: a step of generation of so many texts."""
+
+TILE = 64
+"""Columns of one call of brgemm."""
+
+GROUP = 4
+"""int8 levels that one instruction multiplies and adds up."""
+
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
+_NAME = "ipex_sq_brgemm"
+_BUILT = "built"
+
+
+def build_directory() -> Path:
+    """Folder of the built library: one for each CPU, torch and source, as hosts share homes."""
+    of = " ".join([torch.__version__, *sorted(cpu_flags()), SOURCE.read_text(encoding="utf-8")])
+    return cache_directory() / f"brgemm-{hashlib.sha256(of.encode()).hexdigest()[:16]}"
+
+
+@cache
+def brgemm_built() -> bool:
+    """Whether `int8_rows` and `bf16_logits` of `torch.ops.ipex_sq` are there; builds them once.
+
+    Without them, or where oneDNN may not use AVX512-VNNI, torch's own operators give the same
+    numbers in more time.
+    """
+    if "avx512_vnni" not in usable_flags():
+        return False
+    try:
+        folder = build_directory()
+        if not (folder / _BUILT).is_file():
+            _build(folder)
+        torch.ops.load_library(str(folder / f"{_NAME}.so"))
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().splitlines()[0]
+        logger.warning("this will take more time: %s does not build: %s", SOURCE.name, reason)
+        return False
+    torch.library.register_fake("ipex_sq::int8_rows", _shape)
+    return True
+
+
+def _build(folder: Path) -> None:
+    import ninja
+    from filelock import FileLock
+    from torch.utils import cpp_extension
+
+    # An environment that is run without being activated has ninja, but not on its path.
+    os.environ["PATH"] = os.pathsep.join((str(ninja.BIN_DIR), os.environ.get("PATH", "")))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "building"):
+        # torch waits for this file forever; whoever left it is dead, as we hold the other.
+        (folder / "lock").unlink(missing_ok=True)
+        cpp_extension.load(
+            _NAME,
+            [str(SOURCE)],
+            extra_cflags=FLAGS,
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+        (folder / _BUILT).touch()  # the library itself may be half of one
+
+
+def pack_rows(weight: Tensor) -> Tensor:
+    """int8 `weight` `[out, in]` in brgemm's layout `[out / 64, in / 4, 64, 4]`, padded with 0.
+
+    `in` must be a multiple of 4.
+    """
+    out_features, in_features = weight.shape
+    tiles = -(-out_features // TILE)
+    padded = nn.functional.pad(weight, (0, 0, 0, tiles * TILE - out_features))
+    split = padded.view(tiles, TILE, in_features // GROUP, GROUP)
+    return split.transpose(1, 2).contiguous()
+
+
+def _shape(
+    levels: Tensor,
+    input_scale: Tensor,
+    input_zero_point: Tensor,
+    packed: Tensor,
+    weight_sums: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    del input_scale, input_zero_point, packed, weight_sums, bias
+    return levels.new_empty((*levels.shape[:-1], weight_scale.shape[0]), dtype=dtype)
