@@ -1,0 +1,55 @@
+"""Memory that a process keeps and gives back."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource
+import psutil
+import torch
+from ipex_sq.system import give_freed_memory_back, keep_freed_memory
+
+def fill():
+    torch.empty(1 << 26, dtype=torch.uint8).fill_(1)
+
+keep_freed_memory()
+fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    fill()
+again = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+kept = psutil.Process().memory_info().rss
+give_freed_memory_back()
+print(again, kept - psutil.Process().memory_info().rss)
+"""
+PAGES = 2**26 // 4096
+
+
+def _run(**settings):
+    environment = {**os.environ, **settings}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
+def test_freed_memory_serves_the_next_batch_and_can_be_given_back():
+    again, given_back = _run()
+    assert again < PAGES / 10, "four tensors of 64 MiB without fresh pages"
+    assert given_back > 2**25
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "131072"},
+        {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"},
+    ],
+)
+def test_what_the_user_has_set_stays(settings):
+    again, _ = _run(**settings)
+    assert again > 2 * PAGES
