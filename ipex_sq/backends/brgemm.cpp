@@ -214,10 +214,10 @@ struct Logits {
   }
 };
 
-// x [..., in] bf16, in even; weight [out, in] bf16; returns [..., out] fp32.
+// x [..., in] bf16, in even but for one row; weight [out, in] bf16; returns [..., out] fp32.
 at::Tensor bf16_logits(const at::Tensor& x, const at::Tensor& weight) {
   check(x, weight.size(1));
-  TORCH_CHECK(weight.is_contiguous() && weight.size(1) % 2 == 0, "an even width is needed");
+  TORCH_CHECK(weight.is_contiguous(), "the weight must be contiguous");
   auto output = empty_output(x, weight.size(0), at::kFloat);
   const Logits logits{
       x.const_data_ptr<BFloat16>(),
@@ -226,6 +226,7 @@ at::Tensor bf16_logits(const at::Tensor& x, const at::Tensor& weight) {
       x.numel() / x.size(-1),
       weight.size(1),
       weight.size(0)};
+  TORCH_CHECK(logits.rows == 1 || weight.size(1) % 2 == 0, "an even width is needed");
   if (logits.rows == 1) {
     logits.of_one_row();
   } else if (logits.rows <= kFewRows) {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.backends.brgemm import brgemm_built
+from ipex_sq.system import has_bf16_instructions
 
 CHUNK = 4096
 """Rows of the weight that are widened at a time where brgemm is missing."""
@@ -40,8 +41,14 @@ class WideHead:
         return product if bias is None else product.add_(bias)
 
 
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    # One row is summed without brgemm, which needs pairs and instructions that add them up.
+    one_row = x.numel() == x.shape[-1]
+    return one_row or bool(x.numel() and weight.shape[1] % 2 == 0 and has_bf16_instructions())
+
+
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    if x.numel() and weight.shape[1] % 2 == 0 and brgemm_built():
+    if _has_kernel(x, weight) and brgemm_built():
         product: Tensor = torch.ops.ipex_sq.bf16_logits(x, weight)
         return product
     product = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)

@@ -24,6 +24,22 @@ found = linear.multiply(levels, None, torch.float32)
 wanted = levels.double() @ weight.double().T
 print(bool((found.double() == wanted).all()))
 """
+ROWS = (
+    PRODUCT.replace("linear.multiply(levels,", "linear.multiply(levels[:, None],")
+    .replace("levels =", "linear.keep_rows()\nlevels =")
+    .replace("found.double()", "found[:, 0].double()")
+)
+LOGITS = """
+import torch
+from ipex_sq.backends.head import WideHead
+torch.manual_seed(0)
+linear = torch.nn.Linear(64, 100, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+x = torch.randn(40, 64).bfloat16()
+for rows in (1, 2, 40):
+    found, exact = WideHead(linear)(x[:rows]), x[:rows].double() @ linear.weight.double().T
+    assert (found - exact).abs().max() <= 2**-19 * exact.abs().max()
+print(True)
+"""
 BACKEND = """
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.errors import BackendUnavailableError
@@ -52,6 +68,13 @@ def test_sums_are_exact_where_the_cap_leaves_vnni():
     cap = EXACT_CAPS[int8_isa()]
     assert _printed(PRODUCT, cap) == "True"
     assert _printed(BACKEND, cap).startswith("oneDNN ")
+
+
+@pytest.mark.parametrize("cap", ["AVX512_CORE_VNNI", "AVX2_VNNI"])
+def test_kernels_of_few_rows_and_of_logits_keep_to_the_cap(cap):
+    """Without bf16 instructions brgemm has no kernel for bf16: Cascade Lake, Ice Lake."""
+    assert _printed(ROWS, cap) == "True"
+    assert _printed(LOGITS, cap) == "True"
 
 
 @pytest.mark.parametrize("cap", ["AVX2", "avx512_core"])
