@@ -243,9 +243,7 @@ TORCH_LIBRARY_FRAGMENT(ipex_sq, library) {
   library.def(
       "int8_rows(Tensor levels, Tensor input_scale, Tensor input_zero_point, Tensor packed, "
       "Tensor weight_sums, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor");
-  library.impl(
-      "int8_rows", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, int8_rows));
+  library.impl("int8_rows", torch::dispatch(c10::DispatchKey::CPU, int8_rows));
   library.def("bf16_logits(Tensor x, Tensor weight) -> Tensor");
-  library.impl(
-      "bf16_logits", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, bf16_logits));
+  library.impl("bf16_logits", torch::dispatch(c10::DispatchKey::CPU, bf16_logits));
 }

@@ -6,8 +6,10 @@ import hashlib
 import logging
 import os
 import subprocess
+import threading
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,33 +31,46 @@ GROUP = 4
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
 _NAME = "ipex_sq_brgemm"
 _BUILT = "built"
+_LOCK = threading.Lock()
 
 
 def build_directory() -> Path:
     """Folder of the built library: one for each CPU, torch and source, as hosts share homes."""
-    of = " ".join([torch.__version__, *sorted(cpu_flags()), SOURCE.read_text(encoding="utf-8")])
+    source = SOURCE.read_text(encoding="utf-8")
+    of = " ".join([torch.__version__, *sorted(cpu_flags()), *FLAGS, source])
     return cache_directory() / f"brgemm-{hashlib.sha256(of.encode()).hexdigest()[:16]}"
 
 
-@cache
 def brgemm_built() -> bool:
     """Whether `int8_rows` and `bf16_logits` of `torch.ops.ipex_sq` are there; builds them once.
 
     Without them, or where oneDNN may not use AVX512-VNNI, torch's own operators give the same
     numbers in more time.
     """
+    with _LOCK:
+        return _registered()
+
+
+@cache
+def _registered() -> bool:
     if "avx512_vnni" not in usable_flags():
         return False
+    folder = build_directory()
+    library = folder / f"{_NAME}.so"
     try:
-        folder = build_directory()
-        if not (folder / _BUILT).is_file():
+        if not (folder / _BUILT).is_file() or not library.is_file():
             _build(folder)
-        torch.ops.load_library(str(folder / f"{_NAME}.so"))
+        torch.ops.load_library(str(library))
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         logger.warning("this will take more time: %s does not build: %s", SOURCE.name, reason)
+        (folder / _BUILT).unlink(missing_ok=True)  # what does not load is built again
         return False
-    torch.library.register_fake("ipex_sq::int8_rows", _shape)
+    torch.library.register_fake("ipex_sq::int8_rows", _shape_of_rows)
+    torch.library.register_fake("ipex_sq::bf16_logits", _shape_of_logits)
+    torch.library.register_autograd(
+        "ipex_sq::bf16_logits", _gradients_of_logits, setup_context=_keep_for_gradients
+    )
     return True
 
 
@@ -92,7 +107,7 @@ def pack_rows(weight: Tensor) -> Tensor:
     return split.transpose(1, 2).contiguous()
 
 
-def _shape(
+def _shape_of_rows(
     levels: Tensor,
     input_scale: Tensor,
     input_zero_point: Tensor,
@@ -104,3 +119,18 @@ def _shape(
 ) -> Tensor:
     del input_scale, input_zero_point, packed, weight_sums, bias
     return levels.new_empty((*levels.shape[:-1], weight_scale.shape[0]), dtype=dtype)
+
+
+def _shape_of_logits(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+def _keep_for_gradients(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients_of_logits(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    narrow = gradient.to(x.dtype)
+    return narrow @ weight, narrow.flatten(0, -2).T @ x.flatten(0, -2)

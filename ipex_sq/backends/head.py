@@ -22,7 +22,10 @@ def widen_logits(model: nn.Module) -> None:
     """Let the bf16 head of a language model, where it has one, give fp32; in place."""
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    if isinstance(head, nn.Linear) and not isinstance(head.forward, WideHead):
+    # A forward of its own, or one that hooks have replaced, stays.
+    if not isinstance(head, nn.Linear) or "forward" in vars(head):
+        return
+    if type(head).forward is nn.Linear.forward:
         head.forward = WideHead(head)  # type: ignore[assignment, method-assign]
 
 
@@ -44,7 +47,8 @@ class WideHead:
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     # One row is summed without brgemm, which needs pairs and instructions that add them up.
     one_row = x.numel() == x.shape[-1]
-    return one_row or bool(x.numel() and weight.shape[1] % 2 == 0 and has_bf16_instructions())
+    even = x.numel() > 0 and weight.shape[1] % 2 == 0
+    return weight.is_contiguous() and (one_row or (even and has_bf16_instructions()))
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:

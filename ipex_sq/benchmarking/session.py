@@ -143,6 +143,7 @@ class Session:
 
     def breakdown(self) -> dict[str, float]:
         """Share of the operators' own time in one run (of a few tokens), by kind."""
+        self._profiled()  # memory was given back after the last turn
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             self._profiled()
         totals = dict.fromkeys((*KINDS, "other"), 0.0)

@@ -30,7 +30,12 @@ from ipex_sq.streaming.findings import Findings, rounding_that_fits
 from ipex_sq.streaming.journal import Journal
 from ipex_sq.streaming.weights import weight_files
 from ipex_sq.streaming.writing import Written, write_blocks, write_checkpoint
-from ipex_sq.system import package_versions, peak_rss_bytes, reset_peak_rss
+from ipex_sq.system import (
+    give_freed_memory_back,
+    package_versions,
+    peak_rss_bytes,
+    reset_peak_rss,
+)
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,7 @@ def _progress(
         now = time.perf_counter()
         seconds[name] = seconds.get(name, 0.0) + now - last
         last = now
+        give_freed_memory_back()  # which a process that has run an int8 model keeps
         peak = peak_rss_bytes()
         used = psutil.Process().memory_info().rss
         bar.set_postfix_str(f"{used / 2**30:.2f} GiB, at most {peak / 2**30:.2f}", refresh=False)

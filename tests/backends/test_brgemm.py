@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from ipex_sq.backends import brgemm
-from ipex_sq.backends.brgemm import brgemm_built
+from ipex_sq.backends.brgemm import MOST_ROWS, brgemm_built
 from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.recipe.qparams import ActivationQParams
+from ipex_sq.system import usable_flags
 
 SHAPES = [(8, 16), (65, 100), (192, 576)]
-"""Whole vectors, a last row and columns that fill none, a real model's."""
+"""Less than a tile, a tile and a broken one, a real model's."""
+
+pytestmark = pytest.mark.skipif(
+    "avx512_vnni" not in usable_flags(), reason="the CPU has no AVX512-VNNI"
+)
 
 
 def test_the_kernels_build_here():
@@ -50,11 +55,12 @@ def test_rows_of_a_step_are_those_of_many(shape, biased, dtype):
     linear = Int8Linear(weight, torch.rand(out_features) * 1e-2, bias)
     linear.set_input(ActivationQParams(0.03, 100), None)
     linear.output_dtype = dtype
-    x = torch.randn(5, 3, in_features)
+    x = torch.randn(MOST_ROWS, 3, in_features)
     many = linear(x)
     linear.keep_rows()
     rows = torch.cat([linear(x[:, at : at + 1]) for at in range(3)], dim=1)
-    single = torch.cat([linear(x[at : at + 1, :1]) for at in range(5)])
+    single = torch.cat([linear(x[at : at + 1, :1]) for at in range(MOST_ROWS)])
+    assert torch.equal(linear(x[:17, :1]), single[:17])
     assert torch.equal(single, rows[:, :1])
     # The sums are the same integers; scaling them may round in another order.
     bound = {torch.bfloat16: 2**-8, torch.float32: 2**-22}[dtype]
@@ -68,3 +74,22 @@ def test_the_largest_sums_are_exact():
     linear.set_input(ActivationQParams(1.0, 0), None)
     linear.keep_rows()
     assert linear(torch.full((1, 4096), 255.0)).tolist() == [[127 * 255 * 4096.0] * 2]
+
+
+def test_a_width_that_fills_no_group_of_four_stays_with_the_library():
+    linear = Int8Linear(torch.ones(8, 18, dtype=torch.int8), torch.ones(8), None)
+    linear.set_input(ActivationQParams(1.0, 0), None)
+    linear.keep_rows()
+    assert linear.row_weight is None
+    assert linear(torch.full((2, 1, 18), 3.0)).tolist() == [[[54.0] * 8]] * 2
+
+
+def test_many_threads_may_be_the_first():
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from ipex_sq.backends.brgemm import brgemm_built
+with ThreadPoolExecutor(8) as pool:
+    print(all(pool.map(lambda _: brgemm_built(), range(8))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

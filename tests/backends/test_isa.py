@@ -29,6 +29,10 @@ ROWS = (
     .replace("levels =", "linear.keep_rows()\nlevels =")
     .replace("found.double()", "found[:, 0].double()")
 )
+BUILT = """
+from ipex_sq.backends.brgemm import brgemm_built
+print(brgemm_built())
+"""
 LOGITS = """
 import torch
 from ipex_sq.backends.head import WideHead
@@ -70,9 +74,14 @@ def test_sums_are_exact_where_the_cap_leaves_vnni():
     assert _printed(BACKEND, cap).startswith("oneDNN ")
 
 
-@pytest.mark.parametrize("cap", ["AVX512_CORE_VNNI", "AVX2_VNNI"])
-def test_kernels_of_few_rows_and_of_logits_keep_to_the_cap(cap):
+@pytest.mark.parametrize(
+    ("cap", "needs"), [("AVX512_CORE_VNNI", "avx512_vnni"), ("AVX2_VNNI", "avx_vnni")]
+)
+def test_kernels_of_few_rows_and_of_logits_keep_to_the_cap(cap, needs):
     """Without bf16 instructions brgemm has no kernel for bf16: Cascade Lake, Ice Lake."""
+    if needs not in system.cpu_flags():
+        pytest.skip(f"the CPU has no {needs}")
+    assert _printed(BUILT, cap) == str(needs == "avx512_vnni")
     assert _printed(ROWS, cap) == "True"
     assert _printed(LOGITS, cap) == "True"
 
