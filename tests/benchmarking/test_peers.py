@@ -30,7 +30,9 @@ What went wrong on the way lies below: outputs rounded too (24.1), the embedding
 head (8.2)."""
 
 
-with_peers = pytest.mark.skipif(LANE == "ipex", reason="peers run in the native lane")
+with_peers = pytest.mark.skipif(
+    LANE == "ipex", reason="requirements-peers.txt goes into the native lane: make test-native"
+)
 
 
 @pytest.fixture(scope="module", params=PEERS)
