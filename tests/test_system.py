@@ -18,10 +18,10 @@ def fill():
     torch.empty(1 << 26, dtype=torch.uint8).fill_(1)
 
 keep_freed_memory()
-for _ in range(8):  # aligned tensors do not fit where one of their size was
+for _ in range(24):  # aligned tensors do not fit where one of their size was: up to 8 are fresh
     fill()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(8):
     fill()
 again = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 kept = psutil.Process().memory_info().rss
@@ -47,7 +47,7 @@ def _run(**settings):
 
 def test_freed_memory_serves_the_next_batch_and_can_be_given_back():
     again, given_back = _run()
-    assert again < PAGES / 10, "four tensors of 64 MiB without fresh pages"
+    assert again <= 2 * PAGES, "of eight tensors at least six are where others were"
     assert given_back > 2**25
 
 
@@ -60,4 +60,4 @@ def test_freed_memory_serves_the_next_batch_and_can_be_given_back():
 )
 def test_what_the_user_has_set_stays(settings):
     again, _ = _run(**settings)
-    assert again > 2 * PAGES
+    assert again > 6 * PAGES
