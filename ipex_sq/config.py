@@ -162,6 +162,12 @@ class QuantConfig:
         "leave static int8, first for per-token rounding, then for float",
         metavar="X",
     )
+    quant_lm_head: bool = setting(
+        False,
+        "int8 also for the head of a language model, rounded per token: a large vocabulary is half "
+        "of a small model's work, and rounding it costs accuracy of its own",
+        action="store_true",
+    )
     portable: bool = setting(
         False,
         "nothing that other programs' formats cannot say: no copied channels, no corrected biases, "

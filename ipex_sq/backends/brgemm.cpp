@@ -1,5 +1,5 @@
 // Linears that torch has no good operator for, on oneDNN's brgemm kernels, which torch exports to
-// C++ alone: int8 products of a few rows, and logits in fp32 from bf16.
+// C++ alone: int8 products of a few rows or with a scale for each row, and fp32 logits from bf16.
 //
 // brgemm multiplies A [M, K] with a tile of B in the layout of the dot-product instructions: pairs
 // of bf16, or fours of int8, that one instruction adds up stand next to each other.
@@ -11,8 +11,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 namespace {
@@ -25,6 +27,8 @@ constexpr int64_t kTilesPerTask = 4; // their results are 1 KiB of a row of logi
 constexpr int64_t kRowsPerCall = 64;
 constexpr int64_t kFewRows = 32;     // from here on it pays to bring the weight into B's layout
 constexpr int64_t kVector = 16;      // words of 32 bits in a register
+constexpr float kTokenMaximum = 127; // levels on either side of
+constexpr int32_t kTokenZero = 128;
 
 void check(const at::Tensor& x, int64_t in_features) {
   TORCH_CHECK(x.size(-1) == in_features, "input and weight differ in width");
@@ -40,13 +44,15 @@ at::Tensor empty_output(const at::Tensor& x, int64_t out_features, at::ScalarTyp
 // Sums of one tile in int32 to outputs: y = (sum - zero_point * row sum) * scale + bias.
 struct Epilogue {
   int32_t zero_point;
-  float scale;
+  const float* scales; // of the rows
+  bool scale_for_each; // or one for all
   const int32_t* weight_sums;
   const float* weight_scales;
   const float* biases;
 
   template <typename T>
-  void operator()(const int32_t* sums, T* to, int64_t first, int64_t columns) const {
+  void operator()(const int32_t* sums, T* to, int64_t row, int64_t first, int64_t columns) const {
+    const float scale = scales[scale_for_each ? row : 0];
     for (int64_t n = 0; n < columns; ++n) {
       const int64_t at = first + n;
       const float sum = static_cast<float>(sums[n] - zero_point * weight_sums[at]);
@@ -64,22 +70,29 @@ void int8_tiles(const at::Tensor& levels, const at::Tensor& packed, const Epilog
   const int8_t* weights = packed.const_data_ptr<int8_t>();
   T* out = output.mutable_data_ptr<T>();
   at::parallel_for(0, packed.size(0), kTilesPerTask, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> sums(rows * kTile);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kTile;
-      const int64_t columns = std::min(kTile, out_features - first);
-      brgemm(rows, kTile, in_features, in_features, kTile, kTile, false, x,
-             weights + first * in_features, sums.data());
-      for (int64_t row = 0; row < rows; ++row) {
-        finish(sums.data() + row * kTile, out + row * out_features + first, first, columns);
+    std::vector<int32_t> sums(std::min(rows, kRowsPerCall) * kTile);
+    for (int64_t task = begin; task < end; task += kTilesPerTask) {
+      for (int64_t row = 0; row < rows; row += kRowsPerCall) {
+        const int64_t count = std::min(kRowsPerCall, rows - row);
+        for (int64_t tile = task; tile < std::min(task + kTilesPerTask, end); ++tile) {
+          const int64_t first = tile * kTile;
+          const int64_t columns = std::min(kTile, out_features - first);
+          brgemm(count, kTile, in_features, in_features, kTile, kTile, false,
+                 x + row * in_features, weights + first * in_features, sums.data());
+          for (int64_t r = 0; r < count; ++r) {
+            T* to = out + (row + r) * out_features + first;
+            finish(sums.data() + r * kTile, to, row + r, first, columns);
+          }
+        }
       }
     }
     at::native::cpublas::brgemm_release();
   });
 }
 
-// levels [..., in] uint8; packed [out / 64, in / 4, 64, 4] int8; weight_sums [out] int32, the sums
-// of the weight's rows; weight_scale and bias [out] fp32; returns [..., out] fp32 or bf16.
+// levels [..., in] uint8; input_scale one fp32 number or [..., 1]; packed [out / 64, in / 4, 64, 4]
+// int8; weight_sums [out] int32, the sums of the weight's rows; weight_scale and bias [out] fp32;
+// returns [..., out] fp32 or bf16.
 at::Tensor int8_rows(
     const at::Tensor& levels,
     const at::Tensor& input_scale,
@@ -90,10 +103,15 @@ at::Tensor int8_rows(
     const std::optional<at::Tensor>& bias,
     at::ScalarType dtype) {
   check(levels, packed.size(1) * packed.size(3));
+  const bool scale_for_each = input_scale.numel() > 1;
+  TORCH_CHECK(!scale_for_each || input_scale.numel() * levels.size(-1) == levels.numel(),
+              "one scale, or one for each row");
+  TORCH_CHECK(input_scale.is_contiguous(), "scales must be contiguous");
   auto output = empty_output(levels, weight_scale.size(0), dtype);
   const Epilogue finish{
       *input_zero_point.const_data_ptr<int32_t>(),
-      *input_scale.const_data_ptr<float>(),
+      input_scale.const_data_ptr<float>(),
+      scale_for_each,
       weight_sums.const_data_ptr<int32_t>(),
       weight_scale.const_data_ptr<float>(),
       bias ? bias->const_data_ptr<float>() : nullptr};
@@ -103,6 +121,52 @@ at::Tensor int8_rows(
     int8_tiles<float>(levels, packed, finish, output);
   }
   return output;
+}
+
+// One row of x times the multiplier, rounded around 128 by its absmax / 127; returns that scale. The
+// same divisions as quantize_tokens has. A function of its own: see `dot`.
+template <typename T>
+float round_row(const T* x, const float* multiplier, float least, float* wide, uint8_t* to, int64_t size) {
+  float absmax = 0;
+#pragma omp simd reduction(max : absmax)
+  for (int64_t k = 0; k < size; ++k) {
+    wide[k] = static_cast<float>(x[k]) * multiplier[k];
+    absmax = std::max(absmax, std::abs(wide[k]));
+  }
+  const float scale = std::max(absmax / kTokenMaximum, least);
+  for (int64_t k = 0; k < size; ++k) {
+    to[k] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(wide[k] / scale)) + kTokenZero);
+  }
+  return scale;
+}
+
+template <typename T>
+void round_rows(const at::Tensor& x, const at::Tensor& multiplier, float least, at::Tensor& levels, at::Tensor& scales) {
+  const int64_t size = x.size(-1);
+  const T* from = x.const_data_ptr<T>();
+  const float* factors = multiplier.const_data_ptr<float>();
+  uint8_t* to = levels.mutable_data_ptr<uint8_t>();
+  float* steps = scales.mutable_data_ptr<float>();
+  at::parallel_for(0, scales.numel(), kRowsPerCall, [&](int64_t begin, int64_t end) {
+    std::vector<float> wide(size);
+    for (int64_t row = begin; row < end; ++row) {
+      steps[row] = round_row(from + row * size, factors, least, wide.data(), to + row * size, size);
+    }
+  });
+}
+
+// x [..., in] fp32 or bf16; multiplier [in] fp32; least, the smallest scale; returns levels
+// [..., in] uint8 around 128 and their scales [..., 1] fp32.
+std::tuple<at::Tensor, at::Tensor> round_tokens(const at::Tensor& x, const at::Tensor& multiplier, double least) {
+  check(x, multiplier.numel());
+  auto levels = empty_output(x, x.size(-1), at::kByte);
+  auto scales = empty_output(x, 1, at::kFloat);
+  if (x.scalar_type() == at::kBFloat16) {
+    round_rows<BFloat16>(x, multiplier, least, levels, scales);
+  } else {
+    round_rows<float>(x, multiplier, least, levels, scales);
+  }
+  return {levels, scales};
 }
 
 // One row of logits reads the weight once, as it is. A function of its own: inside a lambda the
@@ -244,6 +308,8 @@ TORCH_LIBRARY_FRAGMENT(ipex_sq, library) {
       "int8_rows(Tensor levels, Tensor input_scale, Tensor input_zero_point, Tensor packed, "
       "Tensor weight_sums, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor");
   library.impl("int8_rows", torch::dispatch(c10::DispatchKey::CPU, int8_rows));
+  library.def("round_tokens(Tensor x, Tensor multiplier, float least) -> (Tensor, Tensor)");
+  library.impl("round_tokens", torch::dispatch(c10::DispatchKey::CPU, round_tokens));
   library.def("bf16_logits(Tensor x, Tensor weight) -> Tensor");
   library.impl("bf16_logits", torch::dispatch(c10::DispatchKey::CPU, bf16_logits));
 }

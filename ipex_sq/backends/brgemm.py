@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 MOST_ROWS = 32
-"""That `int8_rows` is used for: a step of generation of so many texts."""
+"""That `int8_rows` is used for in the place of oneDNN: a step of generation of so many texts."""
 
 TILE = 64
 """Columns of one call of brgemm."""
@@ -42,7 +42,9 @@ def build_directory() -> Path:
 
 
 def brgemm_built() -> bool:
-    """Whether `int8_rows` and `bf16_logits` of `torch.ops.ipex_sq` are there; builds them once.
+    """Whether `int8_rows`, `round_tokens` and `bf16_logits` of `torch.ops.ipex_sq` are there.
+
+    The first call builds them.
 
     Without them, or where oneDNN may not use AVX512-VNNI, torch's own operators give the same
     numbers in more time.
@@ -67,6 +69,7 @@ def _registered() -> bool:
         (folder / _BUILT).unlink(missing_ok=True)  # what does not load is built again
         return False
     torch.library.register_fake("ipex_sq::int8_rows", _shape_of_rows)
+    torch.library.register_fake("ipex_sq::round_tokens", _shape_of_tokens)
     torch.library.register_fake("ipex_sq::bf16_logits", _shape_of_logits)
     torch.library.register_autograd(
         "ipex_sq::bf16_logits", _gradients_of_logits, setup_context=_keep_for_gradients
@@ -95,6 +98,12 @@ def _build(folder: Path) -> None:
         (folder / _BUILT).touch()  # the library itself may be half of one
 
 
+def unpack_rows(packed: Tensor, out_features: int) -> Tensor:
+    """The weight `[out_features, in]` of `pack_rows`."""
+    tiles, groups, _, _ = packed.shape
+    return packed.transpose(1, 2).reshape(tiles * TILE, groups * GROUP)[:out_features].contiguous()
+
+
 def pack_rows(weight: Tensor) -> Tensor:
     """int8 `weight` `[out, in]` in brgemm's layout `[out / 64, in / 4, 64, 4]`, padded with 0.
 
@@ -119,6 +128,12 @@ def _shape_of_rows(
 ) -> Tensor:
     del input_scale, input_zero_point, packed, weight_sums, bias
     return levels.new_empty((*levels.shape[:-1], weight_scale.shape[0]), dtype=dtype)
+
+
+def _shape_of_tokens(x: Tensor, multiplier: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    del multiplier, least
+    scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return torch.empty_like(x, dtype=torch.uint8), scales
 
 
 def _shape_of_logits(x: Tensor, weight: Tensor) -> Tensor:

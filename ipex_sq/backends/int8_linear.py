@@ -11,10 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ipex_sq.backends.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows
+from ipex_sq.backends.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows, unpack_rows
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
     ACTIVATION_LEVELS,
+    SMALLEST_SCALE,
     TOKEN_ZERO_POINT,
     ActivationQParams,
     quantize_tokens,
@@ -88,8 +89,9 @@ class Int8Linear(nn.Module):
         input_zero_point: Scalar int32.
         weight_scale: `[out_features]`, fp32.
         bias: `[out_features]`, fp32, or None.
-        row_weight: int8 levels once more, in brgemm's layout, for products of a few rows; None
-            until `keep_rows`.
+        packed: int8 levels in oneDNN's layout; None after `only_rows`.
+        row_weight: int8 levels in brgemm's layout, for products of a few rows or, where they are
+            the only ones, of any number; None until `keep_rows` or `only_rows`.
         row_sums: `[out_features]` int32, sums over its rows.
     """
 
@@ -99,7 +101,7 @@ class Int8Linear(nn.Module):
     input_zero_point: Tensor
     weight_scale: Tensor
     weight_zero_points: Tensor
-    packed: Tensor
+    packed: Tensor | None
     bias: Tensor | None
     row_weight: Tensor | None
     row_sums: Tensor | None
@@ -173,43 +175,87 @@ class Int8Linear(nn.Module):
             self.row_weight = pack_rows(weight)
             self.row_sums = weight.sum(dim=1, dtype=torch.int32)
 
+    def only_rows(self) -> bool:
+        """Use brgemm for any number of rows, which scales each row as it is written.
+
+        oneDNN's product scales by columns only: another pass over the output, hundreds of MB of
+        logits. And unlike its weights, brgemm's are tensors that TorchScript can save.
+
+        Returns:
+            Whether it can: otherwise nothing has changed.
+        """
+        self.keep_rows()
+        if self.row_weight is not None:
+            self.packed = None
+        return self.row_weight is not None
+
     @property
     def weight(self) -> Tensor:
         """int8 levels, `[out_features, in_features]`, unpacked from the kernel's layout."""
-        return self.packed.to_dense().t().contiguous()
+        if self.packed is not None:
+            return self.packed.to_dense().t().contiguous()
+        assert self.row_weight is not None  # noqa: S101
+        return unpack_rows(self.row_weight, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features - copies]`, any float, to `[..., out_features]`."""
-        x = x.float() * self.multiplier
-        if self.per_token:
-            scale = token_scale(x)
-            levels = append_copies(quantize_tokens(x, scale), self.channels)
-            product = self.multiply(levels, None, torch.float32) * scale
-            return (product if self.bias is None else product + self.bias).to(self.output_dtype)
-        levels = torch.round(x) + self.input_zero_point
-        levels = levels.clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
+        levels, scale = self._round_tokens(x) if self.per_token else self._round(x)
         # Copies have the levels of their channels, and bytes are cheaper to copy than floats.
-        levels = append_copies(levels, self.channels)
-        return self.multiply(levels, self.bias, self.output_dtype)
+        return self.multiply(append_copies(levels, self.channels), scale)
 
-    def multiply(self, levels: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The product alone: uint8 levels `[..., in_features]` to `[..., out_features]`."""
-        output: Tensor
+    def multiply(self, levels: Tensor, scale: Tensor) -> Tensor:
+        """The product alone, scaled and with its bias.
+
+        Args:
+            levels: uint8 `[..., in_features]`.
+            scale: Of the levels: `input_scale`, or per token `[..., 1]`.
+
+        Returns:
+            `[..., out_features]` of `output_dtype`.
+        """
         # A step of generation has one token of each text: no other graph is asked how many texts.
         one_token = levels.ndim > 1 and levels.shape[-2] == 1
-        if one_token and levels.shape[0] <= MOST_ROWS and self.row_weight is not None:
-            output = torch.ops.ipex_sq.int8_rows(
-                levels,
-                self.input_scale,
-                self.input_zero_point,
-                self.row_weight,
-                self.row_sums,
-                self.weight_scale,
-                bias,
-                dtype,
+        few = one_token and levels.shape[0] <= MOST_ROWS and self.row_weight is not None
+        if few or self.packed is None:
+            return self._multiply_rows(levels, scale)
+        if not self.per_token:
+            return self._multiply(levels, self.bias, self.output_dtype)
+        product = self._multiply(levels, None, torch.float32) * scale
+        return (product if self.bias is None else product + self.bias).to(self.output_dtype)
+
+    def _round(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        levels = torch.round(x.float() * self.multiplier) + self.input_zero_point
+        return levels.clamp(0, ACTIVATION_LEVELS).to(torch.uint8), self.input_scale
+
+    def _round_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        levels: Tensor
+        scale: Tensor
+        if self.packed is None:  # it runs outside compiled graphs
+            rounded = torch.ops.ipex_sq.round_tokens(
+                x.contiguous(), self.multiplier, SMALLEST_SCALE
             )
-            return output
-        output = torch.ops.ipex_sq.int8_linear(
+            levels, scale = rounded
+        else:
+            x = x.float() * self.multiplier
+            scale = token_scale(x)
+            levels = quantize_tokens(x, scale)
+        return levels, scale
+
+    def _multiply_rows(self, levels: Tensor, scale: Tensor) -> Tensor:
+        output: Tensor = torch.ops.ipex_sq.int8_rows(
+            levels,
+            scale,
+            self.input_zero_point,
+            self.row_weight,
+            self.row_sums,
+            self.weight_scale,
+            self.bias,
+            self.output_dtype,
+        )
+        return output
+
+    def _multiply(self, levels: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        output: Tensor = torch.ops.ipex_sq.int8_linear(
             levels,
             self.input_scale,
             self.input_zero_point,

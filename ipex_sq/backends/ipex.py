@@ -21,11 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.backends.base import DTYPES, Backend, Example
+from ipex_sq.backends.brgemm import brgemm_built
+from ipex_sq.backends.compiling import compiler_problem
 from ipex_sq.backends.head import widen_logits
-from ipex_sq.errors import NumericalCheckError
+from ipex_sq.backends.native import int8_linear
+from ipex_sq.errors import BackendUnavailableError, NumericalCheckError
 from ipex_sq.models.body import BodyForTracing, ReplacedBody, replace_body
 from ipex_sq.models.folding import replace_module, smoothed_linear
-from ipex_sq.recipe.plan import LinearPlan, QuantPlan
+from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8, LinearPlan, QuantPlan
 from ipex_sq.recipe.splitting import append_copies
 from ipex_sq.system import int8_isa, keep_freed_memory, usable_flags
 
@@ -62,10 +65,19 @@ class Fp32Input(nn.Module):
 
 
 class IpexBackend(Backend):
-    """IPEX's graph compiler on oneDNN."""
+    """IPEX's graph compiler on oneDNN.
+
+    It rounds activations per tensor only. Linears that the plan rounds per token run inside its
+    graph as an operator of our own.
+    """
 
     name = "ipex"
     float_dtype = "bf16"
+
+    @property
+    def rounds_tokens(self) -> bool:  # type: ignore[override]
+        """Where our operator can be built."""
+        return "avx512_vnni" in usable_flags() and compiler_problem() is None
 
     @property
     def kernels(self) -> str:  # type: ignore[override]
@@ -91,9 +103,16 @@ class IpexBackend(Backend):
         return reasons
 
     def lower(self, model: nn.Module, plan: QuantPlan, example: Example, dtype: str) -> nn.Module:
-        """Prepare, write the plan into IPEX's settings, convert, trace, freeze."""
+        """Prepare, write the plan into IPEX's settings, convert, trace, freeze.
+
+        Raises:
+            BackendUnavailableError: The plan rounds per token and our operator does not build.
+            NumericalCheckError: IPEX would run other Linears in int8 than the plan says.
+        """
         names, inputs = tracing_inputs(example)
-        for name in plan.int8_names:
+        for name in plan.names(DYNAMIC_INT8):
+            replace_module(model, name, _per_token_linear(model, plan, name, dtype))
+        for name in plan.names(STATIC_INT8):
             prescale = plan.prescale_of(name)
             if prescale is None or prescale.divisor is None:
                 linear = smoothed_linear(model, name)
@@ -107,6 +126,16 @@ class IpexBackend(Backend):
         with quiet():
             warm_up(frozen, inputs)
         return with_graph(model, frozen, dtype, names)
+
+
+def _per_token_linear(model: nn.Module, plan: QuantPlan, name: str, dtype: str) -> nn.Module:
+    linear = int8_linear(model, plan, name)
+    linear.output_dtype = DTYPES[dtype]
+    if not linear.only_rows():
+        raise BackendUnavailableError(
+            f"backend 'ipex' cannot round {name!r} per token here: use --activations static"
+        )
+    return linear
 
 
 def with_graph(model: nn.Module, graph: Any, dtype: str, names: tuple[str, ...]) -> nn.Module:
@@ -133,7 +162,7 @@ def _graph(body: nn.Module, plan: QuantPlan, inputs: tuple[Any, ...], prefix: st
         prepared.load_qconf_summary(str(settings))
     converted = convert(prepared, inplace=True)
     traced = torch.jit.trace(converted, inputs, check_trace=False)
-    lowered, wanted = count_int8_linears(traced), len(plan.int8_names)
+    lowered, wanted = count_int8_linears(traced), len(plan.names(STATIC_INT8))
     if lowered != wanted:
         raise NumericalCheckError(f"IPEX runs {lowered} Linears in int8, the plan has {wanted}")
     return torch.jit.freeze(traced.eval())
@@ -177,7 +206,8 @@ def warm_up(graph: Any, inputs: tuple[Any, ...]) -> Any:
 
 
 def load_graph(path: Path) -> Any:
-    """Read a saved graph (importing IPEX first, which registers its operators)."""
+    """Read a saved graph (after IPEX's operators and our own, which it may call)."""
+    brgemm_built()
     with quiet():
         import intel_extension_for_pytorch  # noqa: F401
 
@@ -190,7 +220,9 @@ def write_plan(document: dict[str, Any], plan: QuantPlan, prefix: str) -> None:
     Raises:
         NumericalCheckError: IPEX does not list a Linear that the plan wants in int8.
     """
-    planned = {f"body.{name.removeprefix(f'{prefix}.')}.linear": name for name in plan.int8_names}
+    planned = {
+        f"body.{name.removeprefix(f'{prefix}.')}.linear": name for name in plan.names(STATIC_INT8)
+    }
     written = set()
     for module in document.values():
         for operator in module.get("q_op_infos", {}).values():

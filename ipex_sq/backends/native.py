@@ -12,6 +12,7 @@ from ipex_sq.backends.compiling import compile_layers, compiler_problem
 from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.folding import replace_module, smoothed_linear
+from ipex_sq.models.topology import language_head
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.qparams import quantize_weight
 from ipex_sq.system import EXACT_INT8_ISA, int8_isa
@@ -23,6 +24,7 @@ class NativeBackend(Backend):
     name = "native"
     float_dtype = "bf16"
     rounds_tokens = True
+    quantizes_head = True
 
     @property
     def kernels(self) -> str:  # type: ignore[override]
@@ -67,8 +69,11 @@ def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
     """Cast what stays float, share what readers of one tensor share, and compile."""
     lowered = {name: model.get_submodule(name) for name in plan.int8_names}
     cast_float(model, dtype)
+    head = language_head(model)
     for name, module in lowered.items():
-        module.output_dtype = DTYPES[dtype]  # type: ignore[assignment]
+        module.output_dtype = torch.float32 if name == head else DTYPES[dtype]  # type: ignore[assignment]
+        if name == head:
+            module.only_rows()  # its input and output are not those of a compiled layer
         first = lowered[plan.linears[name].group]
         # The same tensor objects: q, k and v then round their input once in the compiled graph.
         for shared in INPUT_BUFFERS:

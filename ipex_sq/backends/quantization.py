@@ -86,10 +86,12 @@ def check_config(config: QuantConfig) -> None:
         or config.weight_rounding not in (None, NEAREST)
         or config.max_drop is not None
         or config.portable
+        or config.quant_lm_head
     ):
         raise ConfigError(
             "backend 'inc' runs its published recipe only: --observer minmax, --activations "
-            "static, --weight_rounding nearest, no --max_drop, no --portable"
+            "static, --weight_rounding nearest, no --max_drop, no --portable, no --quant_lm_head "
+            "(it quantizes the head anyway)"
         )
 
 
@@ -108,8 +110,15 @@ def rounding(config: QuantConfig, backend: Backend) -> Rounding:
             f"backend {backend.name!r} rounds per tensor only: use --activations static, or "
             "--backend native"
         )
+    if config.quant_lm_head and not backend.quantizes_head:
+        raise ConfigError(
+            f"backend {backend.name!r} keeps the head float: leave --quant_lm_head out, or use "
+            "--backend native"
+        )
+    if config.quant_lm_head and config.portable:
+        raise ConfigError("--portable goes without --quant_lm_head: other formats keep it float")
     weights = config.weight_rounding or (GPTQ if config.searches_alpha else NEAREST)
-    return Rounding(config.alpha, wanted, weights, config.portable)
+    return Rounding(config.alpha, wanted, weights, config.portable, config.quant_lm_head)
 
 
 def rounding_of(config: QuantConfig, backend: Backend, stats: ActStats) -> Rounding:
@@ -119,6 +128,11 @@ def rounding_of(config: QuantConfig, backend: Backend, stats: ActStats) -> Round
         ConfigError: See `rounding`.
     """
     wanted = rounding(config, backend)
+    if wanted.lm_head and stats.head is None:
+        raise ConfigError(
+            "--quant_lm_head needs statistics of the head, which scales files do not hold: "
+            "calibrate(model, batches, lm_head=True)"
+        )
     open_choice = config.weight_rounding is None and not stats.hessians
     return replace(wanted, weights=NEAREST) if open_choice else wanted
 
@@ -198,6 +212,7 @@ def _quantize_with_plan(
             settings.source,
             samples=wanted.needs_samples,
             hessians=wanted.needs_hessians,
+            lm_head=wanted.lm_head,
         )
     seconds = {"calibrate": stats.seconds}
     with _timed(seconds, "plan"):

@@ -50,6 +50,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     rounds_tokens = True
+    quantizes_head = True
     kernels = "fp32 simulation"
 
     def unsupported_reasons(self) -> list[str]:

@@ -11,16 +11,18 @@ from torch import nn
 
 from ipex_sq.backends.base import Backend
 from ipex_sq.backends.native import NativeBackend
-from ipex_sq.backends.quantization import quantize_model
+from ipex_sq.backends.quantization import check_config, quantize_model
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.benchmarking.limits import Work, work_of
 from ipex_sq.benchmarking.peers import PEERS, Peer, build_peer, check_installed
 from ipex_sq.benchmarking.subjects import Subject
 from ipex_sq.checkpoint.folders import read_manifest
+from ipex_sq.checkpoint.plans import load_plan
 from ipex_sq.checkpoint.saving import load
 from ipex_sq.config import AUTO, QuantConfig
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.loading import load_tokenizer, skeleton
+from ipex_sq.models.topology import language_head
 
 EAGER, COMPILED = "eager", "compiled"
 
@@ -60,6 +62,12 @@ class Contender:
         wanted = self.quant.dtype if self.quant else None
         return wanted or choose_backend(self.backend).backend.float_dtype
 
+    @property
+    def head_precision(self) -> str:
+        """The head runs in this precision."""
+        int8 = self.quant is not None and self.quant.quant_lm_head
+        return "int8" if int8 else self.float_precision
+
 
 def contenders(quants: list[tuple[str, QuantConfig]], *, compare: bool) -> list[Contender]:
     """The float baselines, each with and without compilation, then the int8 models asked for.
@@ -82,22 +90,30 @@ def peer_contenders(names: Sequence[str]) -> list[Contender]:
 
 
 def int8_quants(
-    backends: tuple[str, ...], labels: tuple[str, ...]
+    backends: tuple[str, ...], labels: tuple[str, ...], *, lm_head: bool = False
 ) -> list[tuple[str, QuantConfig]]:
     """Recipes to time: each label ("int8", "int8+sq") on each backend.
 
+    Args:
+        backends: Names.
+        labels: "int8", "int8+sq".
+        lm_head: With the head in int8.
+
     Raises:
-        ConfigError: A backend whose speed says nothing.
+        ConfigError: A backend whose speed says nothing, or that keeps the head float.
     """
     for name in backends:
         if choose_backend(name).backend.name in ("inc", "reference"):
             raise ConfigError(f"backend {name!r} is not timed: use native or ipex")
     alphas = {"int8": None, "int8+sq": AUTO}
-    return [
-        (label, QuantConfig(alpha=alphas[label], backend=name))
+    quants = [
+        (label, QuantConfig(alpha=alphas[label], backend=name, quant_lm_head=lm_head))
         for name in backends
         for label in labels
     ]
+    for _, quant in quants:
+        check_config(quant)
+    return quants
 
 
 @dataclass(frozen=True)
@@ -125,7 +141,7 @@ def prepare(contender: Contender, subject: Subject) -> Prepared:
     loaded = subject.load()
     model, batches = loaded.model, loaded.batches
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    work = work_of(model, contender.precision, contender.float_precision)
+    work = work_of(model, contender.precision, contender.head_precision)
     if contender.peer:
         model = build_peer(contender.backend, model, batches)
     elif contender.quant is not None:
@@ -143,6 +159,7 @@ def _from_checkpoint(contender: Contender, folder: Path) -> Prepared:
     model = load(folder)
     # Its Linears are counted in the model without weights: a traced one cannot be looked into.
     float_model = skeleton(folder, manifest["attention"], manifest["task"])
-    work = work_of(float_model, contender.precision, manifest["dtype"])
+    int8_head = language_head(float_model) in load_plan(folder).int8_names
+    work = work_of(float_model, contender.precision, "int8" if int8_head else manifest["dtype"])
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     return Prepared(model, vocabulary, load_tokenizer(str(folder)), work)

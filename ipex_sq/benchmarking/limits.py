@@ -51,15 +51,15 @@ class Work:
 
     Attributes:
         body: Weights of the Linears that may become int8.
-        head: Weights of those that stay float.
+        head: Weights of the others: the head, and what stays float.
         precision: Of the body.
-        float_precision: Of the head.
+        head_precision: Of the head.
     """
 
     body: int
     head: int
     precision: str
-    float_precision: str
+    head_precision: str
 
     def least_seconds(self, limits: Limits, tokens: float, predictions: float) -> float:
         """No run is faster: its products at the measured rates, or its weights read once.
@@ -70,17 +70,17 @@ class Work:
             predictions: Positions whose logits are computed.
         """
         products = 2 * self.body * tokens / limits.rate(self.precision)
-        products += 2 * self.head * predictions / limits.rate(self.float_precision)
-        read = self.body * BYTES[self.precision] + self.head * BYTES[self.float_precision]
+        products += 2 * self.head * predictions / limits.rate(self.head_precision)
+        read = self.body * BYTES[self.precision] + self.head * BYTES[self.head_precision]
         return max(products, read / (1e9 * limits.bandwidth_gbs))
 
 
-def work_of(model: nn.Module, precision: str, float_precision: str) -> Work:
+def work_of(model: nn.Module, precision: str, head_precision: str) -> Work:
     """Count the Linears of a float model that will run in `precision`."""
     linears, _ = quantizable_linears(model)
     body = sum(linear.weight.numel() for linear in linears.values())
     every = sum(item.weight.numel() for item in model.modules() if isinstance(item, nn.Linear))
-    return Work(body, every - body, precision, float_precision)
+    return Work(body, every - body, precision, head_precision)
 
 
 class LimitsSession:
@@ -110,8 +110,9 @@ def _int8_product() -> Callable[[], object]:
     weight = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
     linear = Int8Linear(weight, torch.ones(OUTPUTS), None)
     linear.set_input(ActivationQParams(1.0, 128), None)
+    linear.output_dtype = torch.bfloat16
     levels = torch.randint(0, 256, (ROWS, INPUTS), generator=generator, dtype=torch.uint8)
-    return lambda: linear.multiply(levels, None, torch.bfloat16)
+    return lambda: linear.multiply(levels, linear.input_scale)
 
 
 def _least(call: Callable[[], object]) -> float:

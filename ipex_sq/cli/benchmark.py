@@ -11,7 +11,15 @@ from typing import Any
 from ipex_sq.benchmark_config import LAMBADA, PEERS, BenchmarkConfig, parse_peers
 from ipex_sq.cli.flags import Parser, build
 from ipex_sq.cli.running import check_output, show
-from ipex_sq.config import BACKENDS, RANDOM_SHAPES, DataConfig, ModelConfig, OutputConfig
+from ipex_sq.config import (
+    BACKENDS,
+    RANDOM_SHAPES,
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    QuantConfig,
+    setting_help,
+)
 from ipex_sq.errors import ConfigError
 
 DESCRIPTION = """\
@@ -25,6 +33,7 @@ EXAMPLES = """\
   python benchmark.py --compare                           # fp32, bf16, INT8 and INT8 + SmoothQuant
   python benchmark.py --model_name_or_path bigscience/bloom-560m --int8
   python benchmark.py --int8 --sq --backend native --batch_size 1 --sequence_length 512
+  python benchmark.py --int8 --sq --backend native --quant_lm_head
   python benchmark.py --int8 --workload decode --batch_size 1 --sequence_length 32
   python benchmark.py --compare --workload lambada        # accuracy and documents/s in one table
   python benchmark.py --int8 --sq --peers openvino,onnxruntime,ctranslate2,pt2e
@@ -53,6 +62,11 @@ def parser() -> Parser:
     )
     flags.add_flag("int8", action="store_true", help="time static INT8 too")
     flags.add_flag("sq", action="store_true", help="time it with SmoothQuant (needs --int8)")
+    flags.add_flag(
+        "quant_lm_head",
+        action="store_true",
+        help=f"{setting_help(QuantConfig, 'quant_lm_head')} (backend native)",
+    )
     flags.add_flag(
         "compare",
         action="store_true",
@@ -109,7 +123,10 @@ def command(arguments: Sequence[str]) -> None:
     instance_cores(config)  # refused before the work
     labels = ("int8", "int8+sq") if flags.compare else ("int8+sq" if flags.sq else "int8",)
     int8 = flags.int8 or (flags.compare and folder is None)
-    quants = int8_quants(backends_to_compare(flags.backend), labels) if int8 else []
+    if flags.quant_lm_head and not int8:
+        raise ConfigError("--quant_lm_head rounds the head of an INT8 model: add --int8")
+    asked_for = backends_to_compare(flags.backend)
+    quants = int8_quants(asked_for, labels, lm_head=flags.quant_lm_head) if int8 else []
     timed = contenders(quants, compare=flags.compare)
     timed += peer_contenders(flags.peers)
     if folder is not None:

@@ -50,7 +50,7 @@ def parser() -> Parser:
         help="fp32 and bf16, then INT8 and INT8+SQ on every backend that can run, or on those that "
         "--backend names (comma-separated; inc and reference run only if named)",
     )
-    flags.add_config(QuantConfig, skip=("alpha", "max_drop"))
+    flags.add_config(QuantConfig, skip=("alpha", "max_drop", "quant_lm_head"))
     add_alpha(flags)
     flags.add_config(ReviewConfig)
     flags.add_config(EvaluationConfig)

@@ -34,7 +34,8 @@ def parser() -> Parser:
     flags.add_flag("sq", action="store_true", help="with SmoothQuant")
     add_alpha(flags)
     flags.add_config(
-        QuantConfig, skip=("alpha", "backend", "dtype", "observer", "percentile", "max_drop")
+        QuantConfig,
+        skip=("alpha", "backend", "dtype", "observer", "percentile", "max_drop", "quant_lm_head"),
     )
     flags.add_config(DataConfig, skip=("limit",))
     flags.add_flag("texts", type=int, default=4, help="texts to measure on (default: 4)")

@@ -71,7 +71,8 @@ class SharedCalibration:
         backend = choose_backend(quant.backend).backend
         assert isinstance(backend, Backend)  # noqa: S101
         wanted = rounding(quant, backend)
-        if self._stats is None or (wanted.needs_hessians and not self._has_hessians):
+        lacks_head = wanted.lm_head and self._stats is not None and self._stats.head is None
+        if self._stats is None or lacks_head or (wanted.needs_hessians and not self._has_hessians):
             self._has_hessians = wanted.needs_hessians
             self._stats = calibrate(
                 model,
@@ -79,6 +80,7 @@ class SharedCalibration:
                 self._source,
                 samples=False,
                 hessians=wanted.needs_hessians,
+                lm_head=wanted.lm_head,
             )
         searches = wanted.needs_samples or quant.max_drop is not None
         if searches and not self._stats.samples:

@@ -16,13 +16,14 @@ from tqdm import tqdm
 from ipex_sq.config import QuantConfig
 from ipex_sq.distributed import gather, share
 from ipex_sq.errors import CheckpointError
+from ipex_sq.models.body import logits_at
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import smoothed_linear
 from ipex_sq.models.identity import model_sha256, tokenizer_sha256
 from ipex_sq.models.onednn import calibration_dtype, fits_packed, onednn_linears
-from ipex_sq.models.running import run_body
+from ipex_sq.models.running import run_body, run_model
 from ipex_sq.models.sampling import sample_groups, set_apart
-from ipex_sq.models.topology import find_topology
+from ipex_sq.models.topology import find_topology, language_head
 from ipex_sq.recipe.batching import Batch, without_padding
 from ipex_sq.recipe.gptq import (
     fit_hessians,
@@ -46,6 +47,7 @@ def calibrate(
     *,
     samples: bool = True,
     hessians: bool = True,
+    lm_head: bool = False,
 ) -> ActStats:
     """Run the float model over `batches` and record what its Linears are fed.
 
@@ -56,6 +58,7 @@ def calibrate(
         source: Where the texts came from, kept with the statistics.
         samples: Also run a few texts backward, as the search of alpha needs (`add_samples`).
         hessians: Also gather what GPTQ needs, unless it takes more than `MOST_HESSIAN_BYTES`.
+        lm_head: Also for a language model's head (`QuantConfig.quant_lm_head`).
 
     Raises:
         CalibrationError: No batches, a mask with holes, a Linear never reached, a value not finite.
@@ -66,14 +69,15 @@ def calibrate(
     convert_conv1d(model)
     example = {key: value[:1] for key, value in rows[0].items()}
     short = {key: value[:, :PROBED_TOKENS] for key, value in example.items()}
-    topology = find_topology(model, [short, *rows])
+    topology = find_topology(model, [short, *rows], lm_head=lm_head)
     names = [name for group in topology.groups for name in group.readers]
     linears = {name: smoothed_linear(model, name) for name in names}
+    head = language_head(model) if lm_head else None
     readers = {group.key: linears[group.key] for group in topology.groups} if hessians else {}
     if not fit_hessians(linear.in_features for linear in readers.values()):
         readers = {}
     packed = fits_packed(linear.weight.numel() for linear in linears.values())
-    seen = observe(model, rows, linears, readers=readers, packed=packed)
+    seen = observe(model, rows, linears, readers=readers, packed=packed, run=_as_far_as(head))
     stats = ActStats(
         linears=seen.linears,
         groups=topology.groups,
@@ -85,6 +89,7 @@ def calibrate(
         seconds=time.perf_counter() - start,
         unsampled=seen.unsampled,
         hessians=seen.hessians,
+        head=head,
     )
     return add_samples(model, stats, rows) if samples else stats
 
@@ -106,6 +111,7 @@ def observe(
     *,
     readers: Mapping[str, nn.Linear],
     packed: bool,
+    run: Callable[[nn.Module, Batch], object] = run_body,
 ) -> Observed:
     """Run all texts, those that will be sampled last, and record what enters `linears`.
 
@@ -115,6 +121,7 @@ def observe(
         linears: By path.
         readers: Those of them to take Hessians of, by group key.
         packed: Multiply with oneDNN, in bf16 where the CPU does so in hardware.
+        run: Runs the model, as far as the Linears.
     """
     unsampled, sampled = set_apart(rows)
     ordered = [*unsampled, *sampled]
@@ -127,17 +134,29 @@ def observe(
         torch.no_grad(),
     ):
 
-        def run(item: _Placed) -> None:
+        def watched(item: _Placed) -> None:
             for hessian in recorders.values():
                 hessian.begin(item[0])
-            run_body(model, item[1])
+            run(model, item[1])
 
-        _run_shared(placed[: len(unsampled)], run, "calibrate")
+        _run_shared(placed[: len(unsampled)], watched, "calibrate")
         recorder.merge(gather(recorder.so_far()))
         without_sampled = recorder.so_far()
-        _run_shared(placed[len(unsampled) :], run, "calibrate")
+        _run_shared(placed[len(unsampled) :], watched, "calibrate")
         recorder.merge(gather(recorder.so_far()))
     return Observed(recorder.finish(), without_sampled, joined_hessians(recorders), dtype)
+
+
+def _as_far_as(head: str | None) -> Callable[[nn.Module, Batch], object]:
+    """What runs the model as far as its Linears; the head, which reads all, for one prediction."""
+    if head is None:
+        return run_body
+
+    def run(whole: nn.Module, batch: Batch) -> None:
+        with logits_at(whole, torch.zeros(1, dtype=torch.long)):
+            run_model(whole, batch)
+
+    return run
 
 
 def _tokens(rows: Sequence[Batch]) -> int:

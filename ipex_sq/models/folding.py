@@ -9,8 +9,10 @@ logits must equal those before: a fold that fails becomes a pre-scale, and if th
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +125,7 @@ def apply_smoothing(
         NumericalCheckError: A Linear's output or the logits changed beyond `EQUIVALENCE_TOLERANCE`,
             and no fold is left that could be the cause.
     """
+    _untie(model, plan)
     smoothed = [item for item in plan.groups.values() if item.scale is not None]
     if not smoothed:
         return plan, 0.0
@@ -143,6 +146,21 @@ def apply_smoothing(
                 "quantized; report the model"
             )
         plan = _undo_fold(model, plan, suspect, problem)
+
+
+def _untie(model: nn.Module, plan: QuantPlan) -> None:
+    """Give an int8 head that shares the weight of the embeddings one of its own."""
+    shared = Counter(id(module.weight) for module in model.modules() if _has_parameter(module))
+    for name in plan.int8_names:
+        linear = smoothed_linear(model, name)
+        if shared[id(linear.weight)] > 1:
+            linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+            config: Any = model.config
+            config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+
+
+def _has_parameter(module: nn.Module) -> bool:
+    return isinstance(module._parameters.get("weight"), Tensor)
 
 
 def _smooth_group(model: nn.Module, plan: QuantPlan, item: GroupPlan) -> None:

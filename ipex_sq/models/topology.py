@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ipex_sq.models.folding import fold_form
 from ipex_sq.models.probing import probe_channels
 from ipex_sq.models.running import run_model
 from ipex_sq.models.watching import Source, Watch, watch
-from ipex_sq.recipe.plan import SmoothGroup
+from ipex_sq.recipe.plan import HEAD, SmoothGroup
 
 STACKED_DIMENSIONS = 3
 """transformers 5 keeps the experts of a layer in one `[experts, out, in]` weight."""
@@ -33,18 +34,38 @@ class Topology:
     float_reasons: Mapping[str, str]
 
 
-def quantizable_linears(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+def language_head(model: nn.Module) -> str | None:
+    """Path of the module that gives a language model's logits; None where there is none."""
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    names = [name for name, module in model.named_modules() if module is head]
+    return names[0] if names else None
+
+
+def quantizable_linears(
+    model: nn.Module, *, lm_head: bool = False
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """Split the model's Linears into those that may become int8 and those that stay float.
 
     The head (whatever stands outside the base model: lm_head, classifier) stays float, as do a
     weight that two modules share and experts that are no Linears.
 
+    Args:
+        model: Float model.
+        lm_head: A language model's head may become int8 too, with a weight of its own.
+
     Returns:
         Linears by path, and reasons by path.
 
     Raises:
-        UnsupportedModelError: Nothing is left to quantize.
+        UnsupportedModelError: Nothing is left to quantize, or there is no such head.
     """
+    wanted = language_head(model) if lm_head else None
+    if lm_head and not isinstance(model.get_submodule(wanted or ""), nn.Linear):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head to quantize: leave quant_lm_head "
+            "out"
+        )
     base = getattr(model, "base_model", model)
     body = {id(module) for module in base.modules()}
     owners: dict[int, int] = defaultdict(int)
@@ -57,8 +78,10 @@ def quantizable_linears(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[st
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        if id(module) not in body:
-            reasons[name] = "output head"
+        if name == wanted:
+            linears[name] = module
+        elif id(module) not in body:
+            reasons[name] = HEAD
         elif owners[id(module.weight)] > 1:
             reasons[name] = "weight shared with another module"
         else:
@@ -73,19 +96,22 @@ def quantizable_linears(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[st
     return linears, reasons
 
 
-def find_topology(model: nn.Module, examples: Sequence[Mapping[str, Tensor]]) -> Topology:
+def find_topology(
+    model: nn.Module, examples: Sequence[Mapping[str, Tensor]], *, lm_head: bool = False
+) -> Topology:
     """Find the smooth groups of `model`.
 
     Args:
         model: Float model; it is not changed.
         examples: Batches; one is enough unless the model routes tokens to experts. They are run
             until every Linear was reached.
+        lm_head: With that of a language model's head.
 
     Raises:
         UnsupportedModelError: Nothing to quantize.
         CalibrationError: A Linear was never reached.
     """
-    linears, reasons = quantizable_linears(model)
+    linears, reasons = quantizable_linears(model, lm_head=lm_head)
     groups: dict[str, SmoothGroup] = {}
     left = dict(linears)
     for example in examples:

@@ -93,6 +93,13 @@ class AlphaSearch:
 
     kl: Mapping[str, Mapping[str, Mapping[float | None, float]]]
 
+    def joined(self, other: AlphaSearch) -> AlphaSearch:
+        """The costs of both, which are of other groups."""
+        modes = dict.fromkeys((*self.kl, *other.kl))
+        return AlphaSearch(
+            {mode: {**self.kl.get(mode, {}), **other.kl.get(mode, {})} for mode in modes}
+        )
+
     def total(self, mode: str = STATIC_INT8) -> dict[float | None, float]:
         """Cost of each alpha where all groups use it, of those that were tried in all groups."""
         groups = list(self.kl[mode].values())

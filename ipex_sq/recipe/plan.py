@@ -20,6 +20,9 @@ from ipex_sq.recipe.splitting import append_copies
 STATIC_INT8 = "static_int8"
 DYNAMIC_INT8 = "dynamic_int8"
 FLOAT = "float"
+HEAD = "output head"
+"""Why a Linear is not static int8: its errors are the logits' own."""
+
 FOLD, PRESCALE, UNSMOOTHED = "fold", "prescale", "none"
 
 

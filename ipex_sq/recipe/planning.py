@@ -18,6 +18,7 @@ from ipex_sq.recipe.plan import (
     DYNAMIC_INT8,
     FLOAT,
     FOLD,
+    HEAD,
     PRESCALE,
     STATIC_INT8,
     GroupPlan,
@@ -48,6 +49,7 @@ class ActStats:
         samples: By group key, for the search of alpha; empty until they are asked for.
         unsampled: As `linears`, without the few texts that samples are taken from.
         hessians: By group key `[in_features, in_features]`, for GPTQ; empty until asked for.
+        head: Path of a language model's head, where the statistics hold it.
     """
 
     linears: Mapping[str, LinearStats]
@@ -61,6 +63,16 @@ class ActStats:
     samples: Mapping[str, GroupSample] = field(default_factory=dict)
     unsampled: Mapping[str, LinearStats] = field(default_factory=dict)
     hessians: Mapping[str, Tensor] = field(default_factory=dict)
+    head: str | None = None
+
+    def without_head(self) -> ActStats:
+        """The same where a language model's head stays float."""
+        if self.head is None:
+            return self
+        groups = [group for group in self.groups if group.key != self.head]
+        return replace(
+            self, groups=groups, float_reasons={**self.float_reasons, self.head: HEAD}, head=None
+        )
 
 
 KEPT = "to meet --max_drop"
@@ -77,6 +89,7 @@ class Rounding:
         weights: "nearest" or "gptq".
         portable: Nothing that other programs' formats cannot say: no copied channels, no corrected
             biases.
+        lm_head: int8, per token, for a language model's head too.
         forced: Mode of groups (by key) that are decided already: "dynamic_int8" or "float".
     """
 
@@ -84,6 +97,7 @@ class Rounding:
     activations: str = STATIC
     weights: str = NEAREST
     portable: bool = False
+    lm_head: bool = False
     forced: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -131,16 +145,20 @@ def make_plan(
         CalibrationError: A search needs samples, or GPTQ Hessians, and the statistics hold none.
     """
     _check_hessians(stats, wanted)
+    if not wanted.lm_head:
+        stats = stats.without_head()
     if search is None and wanted.needs_samples:
         search = search_modes(stats, weights, wanted)
     modes = wanted.modes if search is None else tuple(search.kl)
+    if wanted.lm_head:
+        modes = tuple(dict.fromkeys((*modes, DYNAMIC_INT8)))
     alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in modes}
     mixed = wanted.activations == MIXED and DYNAMIC_INT8 in modes
     massive = massive_groups(stats.groups, search, alphas) if search and mixed else set()
     groups = {}
     linears = {name: LinearPlan(FLOAT, reason) for name, reason in stats.float_reasons.items()}
     for group in stats.groups:
-        mode, reason = _mode(group.key, wanted, massive)
+        mode, reason = _mode(group.key, wanted, massive, stats.head)
         if mode == FLOAT:
             groups[group.key] = GroupPlan(group)
             linears |= {name: LinearPlan(FLOAT, reason) for name in group.readers}
@@ -195,10 +213,12 @@ def search_costs(
             "alpha and static or dynamic activations"
         )
     groups = {group.key: _group_inputs(group, stats, weights, wanted) for group in sampled}
+    head = {stats.head: groups.pop(stats.head)} if stats.head in groups else {}
     refine = wanted.alpha == AUTO
-    return search_alpha(
+    costs = search_alpha(
         groups, wanted.grid, modes, refine=refine, least_cost=least_cost, progress=_bar
     )
+    return costs.joined(search_alpha(head, wanted.grid, (DYNAMIC_INT8,), refine=refine))
 
 
 def search_modes(stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding) -> AlphaSearch:
@@ -209,10 +229,12 @@ def search_modes(stats: ActStats, weights: Mapping[str, Tensor], wanted: Roundin
     return search_costs(stats, weights, wanted, wanted.modes, least_cost=LEAST_SAVING)
 
 
-def _mode(key: str, wanted: Rounding, massive: set[str]) -> tuple[str, str]:
+def _mode(key: str, wanted: Rounding, massive: set[str], head: str | None) -> tuple[str, str]:
     """Mode of a group, and why it is not static int8."""
     if key in wanted.forced:
         return wanted.forced[key], KEPT
+    if key == head:
+        return DYNAMIC_INT8, HEAD
     if key in massive:
         return DYNAMIC_INT8, MASSIVE
     mode = wanted.modes[0]

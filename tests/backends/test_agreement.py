@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CORE_FAMILIES, INT8_BACKENDS, LANE, logits_of, relative_error
 
+from ipex_sq import load, save
 from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.ipex import IpexBackend
 from ipex_sq.backends.native import NativeBackend
@@ -65,20 +66,25 @@ def test_token_types_count_on_every_backend(backend, batches, unseen):
 
 
 @pytest.mark.parametrize(("alpha", "activations"), [(None, "dynamic"), ("auto", "mixed")])
-def test_agrees_with_reference_per_token(monkeypatch, alpha, activations, batches, unseen):
+@pytest.mark.parametrize("backend", INT8_BACKENDS)
+def test_agrees_with_reference_per_token(
+    monkeypatch, backend, alpha, activations, batches, unseen, tmp_path
+):
     for module in (mixing, planning):
         monkeypatch.setattr(module, "LEAST_SAVING", 0.0)  # so that a tiny model has massive groups
     models = {}
-    for backend in ("reference", "native"):
-        config = QuantConfig(alpha=alpha, activations=activations, backend=backend, dtype="fp32")
-        models[backend] = quantize(tiny_model("llama"), batches, config)
-    decided = models["native"].quant_plan
+    for name in ("reference", backend):
+        config = QuantConfig(alpha=alpha, activations=activations, backend=name, dtype="fp32")
+        models[name] = quantize(tiny_model("llama"), batches, config)
+    decided = models[backend].quant_plan
     assert plan_to_json(decided) == plan_to_json(models["reference"].quant_plan)
     assert decided.names(DYNAMIC_INT8)
     if activations == "mixed":
         assert len(decided.names(DYNAMIC_INT8)) <= 0.1 * len(decided.int8_names)
     wanted = logits_of(models["reference"], unseen)
-    assert relative_error(logits_of(models["native"], unseen), wanted) < FP32_BOUND
+    got = logits_of(models[backend], unseen)
+    assert relative_error(got, wanted) < FP32_BOUND
+    assert torch.equal(logits_of(load(save(models[backend], tmp_path / "int8")), unseen), got)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.5])
@@ -162,8 +168,11 @@ def test_int8_linear_per_token_matches_the_integers():
     torch.testing.assert_close(linear(x).double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_a_backend_that_rounds_per_tensor_only_says_so(batches):
+def test_a_backend_that_rounds_per_tensor_only_says_so(monkeypatch):
+    """IPEX does where our operator cannot be built."""
     config = QuantConfig(activations="dynamic", alpha=0.5)
+    assert rounding(config, IpexBackend()).activations == "dynamic"
+    monkeypatch.setattr("ipex_sq.backends.ipex.usable_flags", lambda: frozenset({"avx_vnni"}))
     with pytest.raises(ConfigError, match="--activations static"):
         rounding(config, IpexBackend())
     assert rounding(QuantConfig(), IpexBackend()).activations == "static"

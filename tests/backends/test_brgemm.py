@@ -10,7 +10,13 @@ import torch
 from ipex_sq.backends import brgemm
 from ipex_sq.backends.brgemm import MOST_ROWS, brgemm_built
 from ipex_sq.backends.int8_linear import Int8Linear
-from ipex_sq.recipe.qparams import ActivationQParams
+from ipex_sq.recipe.plan import PreScale
+from ipex_sq.recipe.qparams import (
+    SMALLEST_SCALE,
+    ActivationQParams,
+    quantize_tokens,
+    token_scale,
+)
 from ipex_sq.system import usable_flags
 
 SHAPES = [(8, 16), (65, 100), (192, 576)]
@@ -93,3 +99,46 @@ with ThreadPoolExecutor(8) as pool:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def _per_token(shape, biased, dtype):
+    torch.manual_seed(0)
+    out_features, in_features = shape
+    weight = torch.randint(-127, 128, shape, dtype=torch.int8)
+    bias = torch.randn(out_features) if biased else None
+    linear = Int8Linear(weight, torch.rand(out_features) * 1e-2, bias)
+    linear.set_input(None, PreScale(torch.rand(in_features) + 0.5))
+    linear.output_dtype = dtype
+    return linear, weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [*SHAPES, (700, 64)])
+def test_rows_alone_multiply_any_number_of_them(shape, biased, dtype):
+    linear, weight = _per_token(shape, biased, dtype)
+    x = torch.randn(3, 50, shape[1]).to(dtype)
+    wanted = linear(x)
+    assert linear.only_rows()
+    assert linear.packed is None
+    assert torch.equal(linear.weight, weight)
+    found = linear(x)
+    assert found.shape == wanted.shape
+    # The sums are the same integers; scaling them may round in another order.
+    bound = {torch.bfloat16: 2**-8, torch.float32: 2**-22}[dtype]
+    assert (found - wanted).abs().max() <= bound * wanted.abs().max()
+    assert torch.equal(linear(x[:, ::2]), found[:, ::2])  # of any layout, any number
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tokens_are_rounded_as_the_recipe_says(dtype):
+    assert brgemm_built()
+    torch.manual_seed(0)
+    x, multiplier = torch.randn(2, 70, 100), torch.rand(100) + 0.5
+    x[0, 1] = 0.0
+    x[1, 2] *= 1e30
+    x = x.to(dtype)
+    levels, scale = torch.ops.ipex_sq.round_tokens(x, multiplier, SMALLEST_SCALE)
+    smoothed = x.float() * multiplier
+    assert torch.equal(scale, token_scale(smoothed))
+    assert torch.equal(levels, quantize_tokens(smoothed, scale))

@@ -20,7 +20,7 @@ weight[1::2] = -127
 linear = Int8Linear(weight, torch.ones(16), None)
 linear.set_input(ActivationQParams(1.0, 0), None)
 levels = torch.full((4, 256), 255, dtype=torch.uint8)
-found = linear.multiply(levels, None, torch.float32)
+found = linear.multiply(levels, linear.input_scale)
 wanted = levels.double() @ weight.double().T
 print(bool((found.double() == wanted).all()))
 """

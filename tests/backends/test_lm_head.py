@@ -1,0 +1,139 @@
+"""int8 for the head of a language model too (`QuantConfig.quant_lm_head`)."""
+
+import pytest
+import torch
+from conftest import logits_of, relative_error
+
+from ipex_sq import load, save
+from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.backends.quantization import quantize
+from ipex_sq.config import QuantConfig
+from ipex_sq.errors import ConfigError, UnsupportedModelError
+from ipex_sq.models.calibration import calibrate
+from ipex_sq.models.tiny import tiny_model
+from ipex_sq.models.topology import find_topology, language_head
+from ipex_sq.recipe.plan import DYNAMIC_INT8, HEAD, STATIC_INT8
+
+FAMILIES = ("llama", "opt", "gpt2", "bloom", "gptj")
+"""With a norm before the head, tied and untied, Conv1D, and one with a bias."""
+
+FP32_BOUND = 5e-3
+FLIPPED_SHARE = 0.1
+"""As of the other Linears (`test_agreement.py`): only rounding ties differ, and what they move."""
+
+
+def _quantized(family, batches, **settings):
+    return quantize(tiny_model(family), batches, QuantConfig(quant_lm_head=True, **settings))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_is_a_group_that_its_norm_can_take(family, batches):
+    model = tiny_model(family)
+    head = language_head(model)
+    with_head, without = (
+        find_topology(model, batches[:1], lm_head=lm_head) for lm_head in (True, False)
+    )
+    (group,) = [group for group in with_head.groups if head in group.readers]
+    assert group.readers == (head,)
+    assert group.folds_into_norm
+    assert without.float_reasons == {**with_head.float_reasons, head: HEAD}
+
+
+@pytest.mark.parametrize("alpha", [None, "auto"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_native_agrees_with_reference_and_embeddings_stay(family, alpha, batches, unseen):
+    before = tiny_model(family).get_input_embeddings().weight
+    logits, settings = {}, {"alpha": alpha, "weight_rounding": "gptq", "dtype": "fp32"}
+    for backend in ("reference", "native"):
+        model = _quantized(family, batches, backend=backend, **settings)
+        logits[backend] = logits_of(model, unseen)
+        assert torch.equal(model.get_input_embeddings().weight, before)
+        head = language_head(model)
+        assert model.quant_plan.linears[head].mode == DYNAMIC_INT8
+        assert model.quant_plan.linears[head].reason == HEAD
+    assert isinstance(model.get_output_embeddings(), Int8Linear)
+    error = relative_error(logits["reference"], logits_of(tiny_model(family), unseen))
+    bound = max(FP32_BOUND, FLIPPED_SHARE * error)
+    assert relative_error(logits["native"], logits["reference"]) < bound
+
+
+@pytest.mark.parametrize("activations", ["static", "mixed"])
+@pytest.mark.parametrize("alpha", [None, 0.5, "auto", "auto-global"])
+def test_only_the_head_is_out_of_static_int8(alpha, activations, batches):
+    model = _quantized("llama", batches, backend="reference", alpha=alpha, activations=activations)
+    decided, head = model.quant_plan, language_head(model)
+    assert set(decided.names(STATIC_INT8)) == set(decided.int8_names) - {head}
+    assert len(decided.int8_names) == len(decided.linears)
+
+
+def test_the_rest_of_the_plan_is_the_one_without_it(batches):
+    stats = calibrate(tiny_model("llama"), batches, lm_head=True)
+    plans = [
+        quantize(tiny_model("llama"), stats, QuantConfig(backend="reference", **more)).quant_plan
+        for more in ({}, {"quant_lm_head": True})
+    ]
+    (head,) = set(plans[1].int8_names) - set(plans[0].int8_names)
+    assert plans[0].linears[head].reason == HEAD
+    for name in plans[0].int8_names:
+        assert torch.equal(plans[0].linears[name].weight_scale, plans[1].linears[name].weight_scale)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_it_is_saved_loaded_and_generates(family, batches, unseen, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = _quantized(family, batches, backend="native", alpha=0.5)
+    wanted = logits_of(model, unseen)
+    assert wanted.dtype == torch.float32
+    folder = save(model, tmp_path / "int8")
+    for again in (load(folder), AutoModelForCausalLM.from_pretrained(folder)):
+        assert torch.equal(logits_of(again, unseen), wanted)
+        assert torch.equal(
+            again.get_output_embeddings().weight, model.get_output_embeddings().weight
+        )
+    prompt = unseen["input_ids"][:2, :8]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    texts = [
+        item.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        for item in (model, again)
+    ]
+    assert torch.equal(*texts)
+    assert torch.equal(logits_of(load(save(again, tmp_path / "twice")), unseen), wanted)
+
+
+def test_smoothing_helps_a_head_that_reads_outliers(batches, unseen):
+    """Channels of the last norm are large in tiny models, as planted there."""
+    wanted = logits_of(tiny_model("llama"), unseen)
+    errors = {
+        alpha: relative_error(
+            logits_of(_quantized("llama", batches, backend="reference", alpha=alpha), unseen),
+            wanted,
+        )
+        for alpha in (None, "auto")
+    }
+    assert errors["auto"] < errors[None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "ipex"}, "keeps the head float|cannot run"),
+        ({"backend": "native", "portable": True}, "portable"),
+    ],
+)
+def test_what_has_no_int8_head_is_refused(settings, message, batches):
+    from ipex_sq.errors import IpexSqError
+
+    with pytest.raises(IpexSqError, match=message):
+        _quantized("llama", batches, **settings)
+
+
+def test_statistics_without_the_head_are_refused(batches):
+    stats = calibrate(tiny_model("llama"), batches)
+    with pytest.raises(ConfigError, match="statistics of the head"):
+        _quantized("llama", stats, backend="reference")
+
+
+def test_a_classifier_has_none(batches):
+    with pytest.raises(UnsupportedModelError, match="no language-model head"):
+        _quantized("bert", batches, backend="reference")
