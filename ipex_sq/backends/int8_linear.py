@@ -230,7 +230,7 @@ class Int8Linear(nn.Module):
     def _round_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         levels: Tensor
         scale: Tensor
-        if self.packed is None:  # it runs outside compiled graphs
+        if self.packed is None:  # brgemm is there, and with it rounding in one pass
             rounded = torch.ops.ipex_sq.round_tokens(
                 x.contiguous(), self.multiplier, SMALLEST_SCALE
             )

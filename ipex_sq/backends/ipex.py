@@ -132,9 +132,8 @@ def _per_token_linear(model: nn.Module, plan: QuantPlan, name: str, dtype: str) 
     linear = int8_linear(model, plan, name)
     linear.output_dtype = DTYPES[dtype]
     if not linear.only_rows():
-        raise BackendUnavailableError(
-            f"backend 'ipex' cannot round {name!r} per token here: use --activations static"
-        )
+        reason = f"{name!r} cannot be rounded per token: use --activations static"
+        raise BackendUnavailableError(IpexBackend.name, [reason])
     return linear
 
 

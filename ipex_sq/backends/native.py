@@ -67,13 +67,13 @@ def int8_linear(model: nn.Module, plan: QuantPlan, name: str) -> Int8Linear:
 
 def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
     """Cast what stays float, share what readers of one tensor share, and compile."""
-    lowered = {name: model.get_submodule(name) for name in plan.int8_names}
+    lowered: dict[str, Any] = {name: model.get_submodule(name) for name in plan.int8_names}
     cast_float(model, dtype)
     head = language_head(model)
     for name, module in lowered.items():
-        module.output_dtype = torch.float32 if name == head else DTYPES[dtype]  # type: ignore[assignment]
-        if name == head:
-            module.only_rows()  # its input and output are not those of a compiled layer
+        module.output_dtype = torch.float32 if name == head else DTYPES[dtype]
+        if module.per_token:
+            module.only_rows()  # another pass over the product would scale it
         first = lowered[plan.linears[name].group]
         # The same tensor objects: q, k and v then round their input once in the compiled graph.
         for shared in INPUT_BUFFERS:

@@ -18,9 +18,10 @@ from ipex_sq.errors import ConfigError
 from ipex_sq.models.calibration import calibrate, clipped_ranges
 from ipex_sq.models.folding import apply_smoothing
 from ipex_sq.models.rounding import round_weights
+from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.plan import QuantPlan
-from ipex_sq.recipe.planning import ActStats, Rounding, make_plan
+from ipex_sq.recipe.planning import Rounding, make_plan
 from ipex_sq.recipe.portable import check_portable
 
 

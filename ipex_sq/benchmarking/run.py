@@ -145,6 +145,7 @@ def _row(
         **entry.described,
     }
     assert entry.work is not None and entry.load is not None  # noqa: S101, PT018
+    row["head"] = entry.work.head_precision
     least = entry.work.least_seconds(limits, entry.load.tokens, entry.load.predictions)
     tokens = entry.load.tokens
     if config.workload == DECODE:

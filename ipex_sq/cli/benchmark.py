@@ -102,13 +102,7 @@ def command(arguments: Sequence[str]) -> None:
     asked = build(BenchmarkConfig, flags)
     check_output(flags.output)
 
-    from ipex_sq.backends.registry import backends_to_compare
-    from ipex_sq.benchmarking.contenders import (
-        Contender,
-        contenders,
-        int8_quants,
-        peer_contenders,
-    )
+    from ipex_sq.benchmarking.contenders import Contender, contenders, peer_contenders
     from ipex_sq.benchmarking.cores import instance_cores, resolve_preset
     from ipex_sq.benchmarking.memory import check_memory
     from ipex_sq.benchmarking.run import run_benchmark
@@ -121,13 +115,7 @@ def command(arguments: Sequence[str]) -> None:
     subject = replace(subject, texts=texts, calib_max_tokens=flags.calib_max_tokens)
     config = resolve_preset(asked)
     instance_cores(config)  # refused before the work
-    labels = ("int8", "int8+sq") if flags.compare else ("int8+sq" if flags.sq else "int8",)
-    int8 = flags.int8 or (flags.compare and folder is None)
-    if flags.quant_lm_head and not int8:
-        raise ConfigError("--quant_lm_head rounds the head of an INT8 model: add --int8")
-    asked_for = backends_to_compare(flags.backend)
-    quants = int8_quants(asked_for, labels, lm_head=flags.quant_lm_head) if int8 else []
-    timed = contenders(quants, compare=flags.compare)
+    timed = contenders(_quants(flags, folder), compare=flags.compare)
     timed += peer_contenders(flags.peers)
     if folder is not None:
         timed.append(Contender(*_checkpoint_label(folder), "int8", checkpoint=str(folder)))
@@ -142,6 +130,19 @@ def command(arguments: Sequence[str]) -> None:
         "results": rows,
     }
     show(latency_report(result), result, flags.output)
+
+
+def _quants(flags: argparse.Namespace, folder: Path | None) -> Any:
+    """The recipes of the int8 models to quantize and time."""
+    from ipex_sq.backends.registry import backends_to_compare
+    from ipex_sq.benchmarking.contenders import int8_quants
+
+    if not (flags.int8 or (flags.compare and folder is None)):
+        if flags.quant_lm_head:
+            raise ConfigError("--quant_lm_head rounds the head of an INT8 model: add --int8")
+        return []
+    labels = ("int8", "int8+sq") if flags.compare else ("int8+sq" if flags.sq else "int8",)
+    return int8_quants(backends_to_compare(flags.backend), labels, lm_head=flags.quant_lm_head)
 
 
 def _subject(flags: argparse.Namespace) -> tuple[Any, Path | None]:

@@ -55,7 +55,7 @@ def command(arguments: Sequence[str]) -> None:
     from ipex_sq.models.identity import model_sha256, tokenizer_sha256
     from ipex_sq.models.importing import read_absmax, stats_of_absmax
     from ipex_sq.models.loading import load_model
-    from ipex_sq.recipe.planning import ActStats
+    from ipex_sq.recipe.act_stats import ActStats
     from ipex_sq.recipe.scales_files import scales_to_json
     from ipex_sq.system import provenance
 

@@ -26,9 +26,10 @@ from ipex_sq.evaluation.next_tokens import NextTokens, predict_tokens
 from ipex_sq.evaluation.pairing import paired_difference
 from ipex_sq.models.folding import apply_smoothing, replace_module
 from ipex_sq.models.rounding import round_weights
+from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT, STATIC_INT8, QuantPlan
-from ipex_sq.recipe.planning import ActStats, make_plan, search_costs
+from ipex_sq.recipe.planning import make_plan, search_costs
 from ipex_sq.system import EXACT_INT8_ISA, int8_isa
 
 logger = logging.getLogger(__name__)

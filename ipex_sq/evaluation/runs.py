@@ -16,9 +16,9 @@ from ipex_sq.config import QuantConfig
 from ipex_sq.data.documents import TextSet
 from ipex_sq.evaluation.pairing import Scored, paired_difference
 from ipex_sq.models.calibration import add_samples, calibrate
+from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT, QuantPlan
-from ipex_sq.recipe.planning import ActStats
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from ipex_sq.models.identity import model_sha256, tokenizer_sha256
 from ipex_sq.models.onednn import calibration_dtype, fits_packed, onednn_linears
 from ipex_sq.models.running import run_body, run_model
 from ipex_sq.models.sampling import sample_groups, set_apart
-from ipex_sq.models.topology import find_topology, language_head
+from ipex_sq.models.topology import find_topology
+from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.batching import Batch, without_padding
 from ipex_sq.recipe.gptq import (
     fit_hessians,
@@ -33,7 +34,6 @@ from ipex_sq.recipe.gptq import (
 from ipex_sq.recipe.histograms import record_histograms
 from ipex_sq.recipe.observers import LinearStats, record_stats
 from ipex_sq.recipe.plan import STATIC_INT8, QuantPlan
-from ipex_sq.recipe.planning import ActStats
 from ipex_sq.recipe.scales_files import Scales, scales_from_json
 
 PROBED_TOKENS = 32
@@ -70,26 +70,24 @@ def calibrate(
     example = {key: value[:1] for key, value in rows[0].items()}
     short = {key: value[:, :PROBED_TOKENS] for key, value in example.items()}
     topology = find_topology(model, [short, *rows], lm_head=lm_head)
-    names = [name for group in topology.groups for name in group.readers]
-    linears = {name: smoothed_linear(model, name) for name in names}
-    head = language_head(model) if lm_head else None
+    linears = {name: smoothed_linear(model, name) for name in topology.readers}
     readers = {group.key: linears[group.key] for group in topology.groups} if hessians else {}
     if not fit_hessians(linear.in_features for linear in readers.values()):
         readers = {}
     packed = fits_packed(linear.weight.numel() for linear in linears.values())
-    seen = observe(model, rows, linears, readers=readers, packed=packed, run=_as_far_as(head))
+    seen = observe(model, rows, linears, readers=readers, packed=packed, head=topology.head)
     stats = ActStats(
         linears=seen.linears,
         groups=topology.groups,
         float_reasons=topology.float_reasons,
         example=example,
-        texts=sum(row["input_ids"].shape[0] for row in rows),
+        texts=sum(len(row["input_ids"]) for row in rows),
         tokens=_tokens(rows),
         source={**(source or {}), "dtype": str(seen.dtype).removeprefix("torch.")},
         seconds=time.perf_counter() - start,
         unsampled=seen.unsampled,
         hessians=seen.hessians,
-        head=head,
+        head=topology.head,
     )
     return add_samples(model, stats, rows) if samples else stats
 
@@ -111,7 +109,7 @@ def observe(
     *,
     readers: Mapping[str, nn.Linear],
     packed: bool,
-    run: Callable[[nn.Module, Batch], object] = run_body,
+    head: str | None = None,
 ) -> Observed:
     """Run all texts, those that will be sampled last, and record what enters `linears`.
 
@@ -121,8 +119,9 @@ def observe(
         linears: By path.
         readers: Those of them to take Hessians of, by group key.
         packed: Multiply with oneDNN, in bf16 where the CPU does so in hardware.
-        run: Runs the model, as far as the Linears.
+        head: Path of a language model's head where it is one of the Linears.
     """
+    run = _as_far_as(head)
     unsampled, sampled = set_apart(rows)
     ordered = [*unsampled, *sampled]
     before = accumulate((_tokens([batch]) for batch in ordered), initial=0)
@@ -198,12 +197,11 @@ def stats_from_scales(model: nn.Module, scales: Scales, tokenizer: Any) -> ActSt
             )
     convert_conv1d(model)
     topology = find_topology(model, [scales.example])
-    names = [name for group in topology.groups for name in group.readers]
-    missing = [name for name in names if name not in scales.linears]
+    missing = [name for name in topology.readers if name not in scales.linears]
     if missing:
         raise CheckpointError(f"the scales lack {missing[0]!r}: make them again")
     return ActStats(
-        linears={name: scales.linears[name] for name in names},
+        linears={name: scales.linears[name] for name in topology.readers},
         groups=topology.groups,
         float_reasons=topology.float_reasons,
         example=scales.example,

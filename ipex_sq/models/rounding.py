@@ -18,9 +18,9 @@ from tqdm import tqdm
 from ipex_sq.config import GPTQ
 from ipex_sq.distributed import share
 from ipex_sq.models.folding import smoothed_linear
+from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.gptq import gptq_weight, smoothed_hessian
 from ipex_sq.recipe.plan import FLOAT, GroupPlan, LinearPlan, QuantPlan
-from ipex_sq.recipe.planning import ActStats
 from ipex_sq.recipe.qparams import ActivationQParams, quantize_weight, round_rows
 from ipex_sq.recipe.samples import GroupSample
 from ipex_sq.recipe.splitting import append_copies

@@ -28,10 +28,19 @@ STACKED_DIMENSIONS = 3
 
 @dataclass(frozen=True)
 class Topology:
-    """Groups of Linears that may become int8, and the Linears that stay float with the reason."""
+    """Groups of Linears that may become int8, and the Linears that stay float with the reason.
+
+    `head` is the path of a language model's head that is among the first.
+    """
 
     groups: tuple[SmoothGroup, ...]
     float_reasons: Mapping[str, str]
+    head: str | None = None
+
+    @property
+    def readers(self) -> list[str]:
+        """Paths of the Linears of all groups."""
+        return [name for group in self.groups for name in group.readers]
 
 
 def language_head(model: nn.Module) -> str | None:
@@ -60,12 +69,7 @@ def quantizable_linears(
     Raises:
         UnsupportedModelError: Nothing is left to quantize, or there is no such head.
     """
-    wanted = language_head(model) if lm_head else None
-    if lm_head and not isinstance(model.get_submodule(wanted or ""), nn.Linear):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no language-model head to quantize: leave quant_lm_head "
-            "out"
-        )
+    wanted = _quantizable_head(model) if lm_head else None
     base = getattr(model, "base_model", model)
     body = {id(module) for module in base.modules()}
     owners: dict[int, int] = defaultdict(int)
@@ -94,6 +98,16 @@ def quantizable_linears(
             f"{type(model).__name__} has no Linear layer to quantize below its head"
         )
     return linears, reasons
+
+
+def _quantizable_head(model: nn.Module) -> str:
+    head = language_head(model)
+    if head is None or not isinstance(model.get_submodule(head), nn.Linear):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head to quantize: leave quant_lm_head "
+            "out"
+        )
+    return head
 
 
 def find_topology(
@@ -126,7 +140,8 @@ def find_topology(
         groups |= {group.key: _with_producer(group, producers) for group in found}
         left = {name: left[name] for name in left if not any(name in g.readers for g in found)}
         if not left:
-            return Topology(tuple(groups.values()), reasons)
+            head = language_head(model) if lm_head else None
+            return Topology(tuple(groups.values()), reasons, head)
     raise CalibrationError(
         f"{len(left)} Linear layer(s) were never reached, the first is {next(iter(left))!r}: "
         "calibrate on more texts"

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from ipex_sq.config import AUTO, AUTO_GLOBAL, DYNAMIC, GPTQ, MIXED, NEAREST, STATIC
 from ipex_sq.errors import CalibrationError
+from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.alpha import ALPHA_GRID, AlphaSearch, GroupInputs, search_alpha
 from ipex_sq.recipe.mixing import LEAST_SAVING, MASSIVE, massive_groups
-from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import (
     DYNAMIC_INT8,
     FLOAT,
@@ -28,52 +28,7 @@ from ipex_sq.recipe.plan import (
     fold_into_producers,
 )
 from ipex_sq.recipe.qparams import activation_qparams, weight_scale
-from ipex_sq.recipe.samples import GroupSample
 from ipex_sq.recipe.splitting import number_of_copies, smoothed_weight
-
-
-@dataclass(frozen=True)
-class ActStats:
-    """All that calibration learned; enough to plan for any alpha without another pass.
-
-    Attributes:
-        linears: Input statistics of each Linear that may become int8, by module path.
-        groups: Which Linears read the same tensor, and who wrote it.
-        float_reasons: Linears that stay float, and why.
-        example: A calibration batch (`input_ids` and `attention_mask`, `[1, tokens]`), for the
-            equivalence check and for tracing.
-        texts: Number of calibration texts.
-        tokens: Number of calibration tokens.
-        source: Name and digest of the texts.
-        seconds: Wall time of the calibration.
-        samples: By group key, for the search of alpha; empty until they are asked for.
-        unsampled: As `linears`, without the few texts that samples are taken from.
-        hessians: By group key `[in_features, in_features]`, for GPTQ; empty until asked for.
-        head: Path of a language model's head, where the statistics hold it.
-    """
-
-    linears: Mapping[str, LinearStats]
-    groups: Sequence[SmoothGroup]
-    float_reasons: Mapping[str, str]
-    example: Mapping[str, Tensor]
-    texts: int
-    tokens: int
-    source: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    samples: Mapping[str, GroupSample] = field(default_factory=dict)
-    unsampled: Mapping[str, LinearStats] = field(default_factory=dict)
-    hessians: Mapping[str, Tensor] = field(default_factory=dict)
-    head: str | None = None
-
-    def without_head(self) -> ActStats:
-        """The same where a language model's head stays float."""
-        if self.head is None:
-            return self
-        groups = [group for group in self.groups if group.key != self.head]
-        return replace(
-            self, groups=groups, float_reasons={**self.float_reasons, self.head: HEAD}, head=None
-        )
-
 
 KEPT = "to meet --max_drop"
 
@@ -144,19 +99,16 @@ def make_plan(
     Raises:
         CalibrationError: A search needs samples, or GPTQ Hessians, and the statistics hold none.
     """
-    _check_hessians(stats, wanted)
-    if not wanted.lm_head:
-        stats = stats.without_head()
+    stats = _stats_for(stats, wanted)
     if search is None and wanted.needs_samples:
         search = search_modes(stats, weights, wanted)
     modes = wanted.modes if search is None else tuple(search.kl)
-    if wanted.lm_head:
-        modes = tuple(dict.fromkeys((*modes, DYNAMIC_INT8)))
-    alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in modes}
+    head = (DYNAMIC_INT8,) if wanted.lm_head else ()
+    alphas = {mode: _alphas(stats.groups, search, wanted, mode) for mode in {*modes, *head}}
     mixed = wanted.activations == MIXED and DYNAMIC_INT8 in modes
     massive = massive_groups(stats.groups, search, alphas) if search and mixed else set()
     groups = {}
-    linears = {name: LinearPlan(FLOAT, reason) for name, reason in stats.float_reasons.items()}
+    linears = {name: LinearPlan(FLOAT, why) for name, why in stats.float_reasons.items()}
     for group in stats.groups:
         mode, reason = _mode(group.key, wanted, massive, stats.head)
         if mode == FLOAT:
@@ -170,25 +122,25 @@ def make_plan(
             item = replace(item, expected_kl=search.cost(group.key, alpha, mode))
         groups[group.key] = item
         linears |= _plan_linears(item, inputs, mode, reason)
-    calibration = {"texts": stats.texts, "tokens": stats.tokens, **stats.source}
     return QuantPlan(
         _alpha_of_model(search, wanted),
         "minmax",
         fold_into_producers(linears, groups),
         groups,
         _costs_of_model(search, wanted),
-        calibration,
+        {"texts": stats.texts, "tokens": stats.tokens, **stats.source},
         wanted.weights,
         corrects_biases=search is not None and not wanted.portable,
     )
 
 
-def _check_hessians(stats: ActStats, wanted: Rounding) -> None:
+def _stats_for(stats: ActStats, wanted: Rounding) -> ActStats:
     if wanted.needs_hessians and not stats.hessians:
         raise CalibrationError(
             "GPTQ needs Hessians: calibrate(model, batches, hessians=True), or round weights to "
             "nearest"
         )
+    return stats if wanted.lm_head else stats.without_head()
 
 
 def search_costs(

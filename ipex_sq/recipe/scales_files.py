@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ipex_sq.errors import CheckpointError
+from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.observers import LinearStats
-from ipex_sq.recipe.planning import ActStats
 
 FORMAT = "ipex_sq activation scales"
 SCALES_VERSION = 1

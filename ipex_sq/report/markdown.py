@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ipex_sq.errors import DataError
+from ipex_sq.report.latency import backend_and_head
 from ipex_sq.report.rows import alpha_cell, number
 from ipex_sq.report.tables import markdown_table
 
@@ -62,7 +63,7 @@ def _accuracy(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _latency(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         _MODELS.get(row["label"], row["label"]),
-        row["backend"],
+        backend_and_head(row),
         f"{row['p50_ms']:.0f}",
         f"{row['speedup_vs_fp32']:.2f}x",
         f"{row['speedup_vs_bf16']:.2f}x",

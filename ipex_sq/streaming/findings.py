@@ -12,13 +12,14 @@ from ipex_sq.config import GPTQ, NEAREST
 from ipex_sq.errors import CalibrationError
 from ipex_sq.models.sampling import sampled_texts
 from ipex_sq.models.topology import Topology
+from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.alpha import AlphaSearch, Costs
 from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.gptq import fit_hessians
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import SmoothGroup
 from ipex_sq.recipe.plan_files import plan_from_json
-from ipex_sq.recipe.planning import ActStats, Rounding
+from ipex_sq.recipe.planning import Rounding
 from ipex_sq.recipe.samples import GroupSample
 from ipex_sq.streaming.blocks import StreamedModel
 from ipex_sq.streaming.journal import Journal

@@ -240,6 +240,20 @@ def test_benchmark_prints_every_precision(folder, capsys):
     assert all(value > 0 for value in result["limits"].values())
 
 
+def test_an_int8_head_is_asked_for_and_named(folder, capsys):
+    flags = ["--int8", "--backend", "native", "--quant_lm_head"]
+    _, rows = _benchmark(folder, capsys, *flags)
+    assert [row["head"] for row in rows] == ["fp32", "bf16", "bf16", "int8"]
+    assert run(eval_lambada.command, [*base_flags(folder), *flags]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    (row,) = json.loads(line)["results"]
+    assert (row["int8_linears"], row["float_linears"]) == (15, 0)
+    assert row["dynamic_reasons"] == {"output head": 1}
+    flags = ["--model_name_or_path", str(folder / "model"), "--quant_lm_head"]
+    assert run(benchmark.command, flags) == 2
+    assert "add --int8" in capsys.readouterr().err
+
+
 def test_benchmark_scores_as_eval_lambada_does(folder, capsys):
     """Every document for the accuracy, though only some are timed."""
     texts = ["--dataset", str(folder / "evaluate.jsonl"), "--calib_samples", "3"]
