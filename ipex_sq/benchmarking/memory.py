@@ -20,7 +20,7 @@ PREPARING = 2
 
 
 def needed_bytes(timed: Sequence[Contender], subject: Subject, config: BenchmarkConfig) -> int:
-    """Estimate: all weights and the logits of every contender, and one that is made ready."""
+    """Estimate: weights of every contender, logits of one at a time, and one that is made ready."""
     size = subject.size()
     positions = config.batch_size
     if config.logits == "all" and config.workload == PREFILL and not subject.classifies:
@@ -28,11 +28,11 @@ def needed_bytes(timed: Sequence[Contender], subject: Subject, config: Benchmark
     resident = 0
     for contender in timed:
         weights = size.parameters * BYTES[contender.precision]
-        logits = positions * size.outputs * BYTES[contender.float_precision]
         if config.workload == DECODE and contender.precision == "int8":
             weights *= 2  # rows are multiplied from a copy in another layout
-        resident += weights + logits + PROCESS_BYTES
-    return config.num_instances * (resident + PREPARING * 4 * size.parameters)
+        resident += weights + PROCESS_BYTES
+    logits = BYTES["fp32"] * positions * size.outputs  # given back after every turn
+    return config.num_instances * (resident + logits + PREPARING * 4 * size.parameters)
 
 
 def check_memory(timed: Sequence[Contender], subject: Subject, config: BenchmarkConfig) -> None:

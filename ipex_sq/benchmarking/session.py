@@ -114,6 +114,7 @@ class Session:
         if config.workload == LAMBADA:
             self._accuracy = self._score()
         self._warm_up(config.warmup)
+        give_freed_memory_back()
 
     def describe(self) -> tuple[Work, Load, dict[str, float]]:
         """Its work, that of one batch, and what the row says of getting ready."""
