@@ -58,7 +58,7 @@ def test_instances_are_compared_by_throughput():
 
 
 def test_the_limit_is_products_or_bytes_whichever_takes_longer():
-    work = Work(body=10**8, head=10**7, precision="int8", float_precision="bf16")
+    work = Work(body=10**8, head=10**7, precision="int8", head_precision="bf16")
     many = work.least_seconds(LIMITS, tokens=1000, predictions=1000)
     assert many == pytest.approx(2e11 / 8e11 + 2e10 / 4e11)
     one = work.least_seconds(LIMITS, tokens=1, predictions=1)
