@@ -6,12 +6,11 @@ Rounded to bf16, logits lose a third of a point of SmolLM2's accuracy on LAMBADA
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ipex_sq.backends.brgemm import brgemm_built
+from ipex_sq.models.body import output_head
 from ipex_sq.system import has_bf16_instructions
 
 CHUNK = 4096
@@ -20,8 +19,7 @@ CHUNK = 4096
 
 def widen_logits(model: nn.Module) -> None:
     """Let the bf16 head of a language model, where it has one, give fp32; in place."""
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
+    head = output_head(model)
     # A forward of its own, or one that hooks have replaced, stays.
     if not isinstance(head, nn.Linear) or "forward" in vars(head):
         return

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ipex_sq.benchmarking.peer_model import PeerModel, input_names
-from ipex_sq.models.body import LogitsForTracing
+from ipex_sq.models.body import LogitsForTracing, output_head
 from ipex_sq.recipe.batching import Batch
 
 
@@ -63,8 +63,7 @@ def _untie_head(model: nn.Module) -> None:
     NNCF 3.4 smooths a weight that the embedding shares, and so changes the embedding: the logits
     of the tiny Llama fell from 18.3 to 8.2 dB.
     """
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    if isinstance(head, nn.Module):
+    head = output_head(model)
+    if head is not None:
         weight: Any = head.weight
         head.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)

@@ -116,6 +116,13 @@ class LogitsForTracing(nn.Module):
         return run_model(self.model, dict(zip(self.inputs, tensors, strict=True)))
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What maps the hidden states of a language model to logits; None where there is none."""
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    return head if isinstance(head, nn.Module) else None
+
+
 @contextmanager
 def logits_at(model: nn.Module, picks: Tensor) -> Iterator[None]:
     """Inside the block the head sees only rows `picks` of the flattened hidden states.
@@ -126,9 +133,8 @@ def logits_at(model: nn.Module, picks: Tensor) -> Iterator[None]:
         model: Without output embeddings of its own (a traced one) it is left as it is.
         picks: `[n]`, indices into `[batch * tokens]`; logits come out as `[1, n, vocabulary]`.
     """
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    if not isinstance(head, nn.Module):
+    head = output_head(model)
+    if head is None:
         yield
         return
 

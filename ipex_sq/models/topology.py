@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ipex_sq.errors import CalibrationError, UnsupportedModelError
+from ipex_sq.models.body import output_head
 from ipex_sq.models.folding import fold_form
 from ipex_sq.models.probing import probe_channels
 from ipex_sq.models.running import run_model
@@ -45,10 +45,8 @@ class Topology:
 
 def language_head(model: nn.Module) -> str | None:
     """Path of the module that gives a language model's logits; None where there is none."""
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    names = [name for name, module in model.named_modules() if module is head]
-    return names[0] if names else None
+    head = output_head(model)
+    return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def quantizable_linears(

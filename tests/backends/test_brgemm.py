@@ -27,6 +27,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def _linear(shape, *, biased, dtype):
+    """An int8 Linear whose input is not set yet, and its weight."""
+    torch.manual_seed(0)
+    weight = torch.randint(-127, 128, shape, dtype=torch.int8)
+    bias = torch.randn(shape[0]) if biased else None
+    linear = Int8Linear(weight, torch.rand(shape[0]) * 1e-2, bias)
+    linear.output_dtype = dtype
+    return linear, weight
+
+
 def test_the_kernels_build_here():
     assert brgemm_built()
 
@@ -54,14 +64,9 @@ def test_a_killed_build_does_not_block_the_next(tmp_path):
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_of_a_step_are_those_of_many(shape, biased, dtype):
-    torch.manual_seed(0)
-    out_features, in_features = shape
-    weight = torch.randint(-127, 128, shape, dtype=torch.int8)
-    bias = torch.randn(out_features) if biased else None
-    linear = Int8Linear(weight, torch.rand(out_features) * 1e-2, bias)
+    linear, _ = _linear(shape, biased=biased, dtype=dtype)
     linear.set_input(ActivationQParams(0.03, 100), None)
-    linear.output_dtype = dtype
-    x = torch.randn(MOST_ROWS, 3, in_features)
+    x = torch.randn(MOST_ROWS, 3, shape[1])
     many = linear(x)
     linear.keep_rows()
     rows = torch.cat([linear(x[:, at : at + 1]) for at in range(3)], dim=1)
@@ -101,22 +106,12 @@ with ThreadPoolExecutor(8) as pool:
     assert done.stdout.strip() == "True"
 
 
-def _per_token(shape, biased, dtype):
-    torch.manual_seed(0)
-    out_features, in_features = shape
-    weight = torch.randint(-127, 128, shape, dtype=torch.int8)
-    bias = torch.randn(out_features) if biased else None
-    linear = Int8Linear(weight, torch.rand(out_features) * 1e-2, bias)
-    linear.set_input(None, PreScale(torch.rand(in_features) + 0.5))
-    linear.output_dtype = dtype
-    return linear, weight
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", [*SHAPES, (700, 64)])
 def test_rows_alone_multiply_any_number_of_them(shape, biased, dtype):
-    linear, weight = _per_token(shape, biased, dtype)
+    linear, weight = _linear(shape, biased=biased, dtype=dtype)
+    linear.set_input(None, PreScale(torch.rand(shape[1]) + 0.5))
     x = torch.randn(3, 50, shape[1]).to(dtype)
     wanted = linear(x)
     assert linear.only_rows()
