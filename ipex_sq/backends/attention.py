@@ -1,9 +1,10 @@
-"""Attention as batched matmuls, for short sequences in compiled bf16 layers.
+"""Attention of short sequences in compiled bf16 layers.
 
-PyTorch's CPU kernel for scaled dot product attention keeps memory small for long sequences; at 100
-to 200 tokens two batched bf16 matmuls and a softmax between them take about half its time
-(docs/log.md, 2026-11-22). Inductor is given the matmuls in the kernel's place; the model's own code
-is not touched.
+Up to 2048 tokens one kernel of our own (`attention.cpp`), whose scores do not leave the core's
+cache, takes a fourth of the time of PyTorch's kernel. Where it does not build, and for steps of
+generation, two batched matmuls with a softmax between them take half of it, at 100 to 200 tokens
+(docs/log.md). Inductor is given either in the place of PyTorch's; the model's own code is not
+touched.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 
-MOST_TOKENS = 256
-"""Above, the scores of all pairs cost more memory traffic than the kernel saves."""
+from ipex_sq.backends.brgemm import brgemm_built
+from ipex_sq.system import has_bf16_instructions
 
-VERSION = "ipex_sq batched attention 4"
-"""Part of Inductor's cache key: to be changed with `batched_attention`."""
+MOST_TOKENS = 2048
+"""Of the kernel: above, a block of scores and the keys do not fit into a core's cache."""
+
+MOST_TOKENS_OF_MATMULS = 256
+"""Above, the scores of all pairs cost more memory traffic than the matmuls save."""
+
+VERSION = "ipex_sq short attention 1"
+"""Part of Inductor's cache key: to be changed with `short_attention`."""
 
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -43,7 +50,7 @@ def _bias_shape(tokens: int, keys: int) -> Tensor:
     return torch.empty(tokens, keys)
 
 
-def batched_attention(
+def short_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -68,24 +75,47 @@ def batched_attention(
         `[batch, heads, tokens, size]` and the logarithm of the softmax's sums; or
         `NotImplemented`, which leaves the kernel in its place.
     """
-    batch, heads, tokens, size = query.shape
-    key_heads, keys = key.shape[1], key.shape[2]
+    batch, _, tokens, size = query.shape
+    keys = key.shape[2]
     if dropout_p or query.dtype != torch.bfloat16:
         return NotImplemented
-    step = tokens == 1  # of generation: one text is as fast with the kernel, several are not
-    if (step and batch == 1) or (not step and (tokens > MOST_TOKENS or keys > MOST_TOKENS)):
+    scale = 1.0 / math.sqrt(size) if scale is None else scale
+    step = tokens == 1  # of generation: one text is as fast with PyTorch's, several are not
+    kernel = not step and size % 2 == 0 and scale > 0 and has_kernel()
+    most = MOST_TOKENS if kernel else MOST_TOKENS_OF_MATMULS
+    if (step and batch == 1) or (not step and (tokens > most or keys > most)):
         return NotImplemented
+    mask = attn_mask
+    if kernel:
+        mask = None if mask is None else mask[(None,) * (4 - mask.ndim)]
+        output, largest, sums = torch.ops.ipex_sq.short_attention(
+            query, key, value, mask, is_causal, scale
+        )
+        return output, largest + sums.log()
+    if is_causal:
+        mask = torch.ops.ipex_sq.causal_bias(tokens, keys)
+    return _matmuls(query, key, value, mask, scale)
+
+
+def has_kernel() -> bool:
+    """Whether `torch.ops.ipex_sq.short_attention` is there and has instructions for bf16."""
+    return has_bf16_instructions() and brgemm_built()
+
+
+def _matmuls(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, size = query.shape
+    key_heads, keys = key.shape[1], key.shape[2]
     rows = heads // key_heads * tokens  # heads that share keys become rows of one matmul
-    scaled = query * (1.0 / math.sqrt(size) if scale is None else scale)
+    scaled = query * scale
     # Contiguous and transposed: oneDNN takes twice as long over views of [batch, tokens, heads].
     transposed = key.transpose(2, 3).contiguous().view(batch * key_heads, size, keys)
     scores = torch.bmm(scaled.contiguous().view(batch * key_heads, rows, size), transposed)
     scores = scores.view(batch, heads, tokens, keys).float()
-    if is_causal:
-        scores = scores + torch.ops.ipex_sq.causal_bias(tokens, keys)
-    if attn_mask is not None:
+    if mask is not None:
         # Finite, so that a row that is masked all over stays finite too.
-        scores = scores + attn_mask.float().clamp(min=torch.finfo(torch.float32).min / 2)
+        scores = scores + mask.float().clamp(min=torch.finfo(torch.float32).min / 2)
     weights = scores.softmax(dim=-1).to(query.dtype).view(batch * key_heads, rows, keys)
     output = torch.bmm(weights, value.contiguous().view(batch * key_heads, keys, size))
     output = output.view(batch, heads, tokens, size)
@@ -95,19 +125,19 @@ def batched_attention(
 
 
 class _Mark(CustomGraphPass):
-    """Does nothing but put `VERSION` into the cache key of compiled graphs."""
+    """Does nothing but tell graphs in the cache of compiled ones apart."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Leave the graph as it is."""
 
     def uuid(self) -> str:
-        """What the cache key holds."""
-        return VERSION
+        """What the cache key holds: graphs with the kernel cannot be loaded without it."""
+        return f"{VERSION}, {'kernel' if has_kernel() else 'matmuls'}"
 
 
 def inductor(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-    """Inductor with `batched_attention`, as a backend for torch.compile."""
-    table = {**select_decomp_table(), SDPA: batched_attention}
+    """Inductor with `short_attention`, as a backend for torch.compile."""
+    table = {**select_decomp_table(), SDPA: short_attention}
     # What the asserts would check, Dynamo's guards have checked: 4 % of a step of generation.
     patches = {"post_grad_custom_pre_pass": _Mark(), "size_asserts": False}
     compiled: Any = compile_fx(graph, inputs, config_patches=patches, decompositions=table)

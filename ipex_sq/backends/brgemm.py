@@ -18,7 +18,7 @@ from ipex_sq.system import cache_directory, cpu_flags, usable_flags
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("brgemm.cpp", "attention.cpp"))
 MOST_ROWS = 32
 """That `int8_rows` is used for in the place of oneDNN: a step of generation of so many texts."""
 
@@ -36,13 +36,13 @@ _LOCK = threading.Lock()
 
 def build_directory() -> Path:
     """Folder of the built library: one for each CPU, torch and source, as hosts share homes."""
-    source = SOURCE.read_text(encoding="utf-8")
-    of = " ".join([torch.__version__, *sorted(cpu_flags()), *FLAGS, source])
+    code = [source.read_text(encoding="utf-8") for source in SOURCES]
+    of = " ".join([torch.__version__, *sorted(cpu_flags()), *FLAGS, *code])
     return cache_directory() / f"brgemm-{hashlib.sha256(of.encode()).hexdigest()[:16]}"
 
 
 def brgemm_built() -> bool:
-    """Whether `int8_rows`, `round_tokens` and `bf16_logits` of `torch.ops.ipex_sq` are there.
+    """Whether the operators of `SOURCES` are in `torch.ops.ipex_sq`.
 
     The first call builds them.
 
@@ -65,12 +65,13 @@ def _registered() -> bool:
         torch.ops.load_library(str(library))
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        logger.warning("this will take more time: %s does not build: %s", SOURCE.name, reason)
+        logger.warning("this will take more time: the brgemm kernels do not build: %s", reason)
         (folder / _BUILT).unlink(missing_ok=True)  # what does not load is built again
         return False
     torch.library.register_fake("ipex_sq::int8_rows", _shape_of_rows)
     torch.library.register_fake("ipex_sq::round_tokens", _shape_of_tokens)
     torch.library.register_fake("ipex_sq::bf16_logits", _shape_of_logits)
+    torch.library.register_fake("ipex_sq::short_attention", _shape_of_attention)
     torch.library.register_autograd(
         "ipex_sq::bf16_logits", _gradients_of_logits, setup_context=_keep_for_gradients
     )
@@ -90,7 +91,7 @@ def _build(folder: Path) -> None:
         (folder / "lock").unlink(missing_ok=True)
         cpp_extension.load(
             _NAME,
-            [str(SOURCE)],
+            [str(source) for source in SOURCES],
             extra_cflags=FLAGS,
             build_directory=str(folder),
             is_python_module=False,
@@ -138,6 +139,15 @@ def _shape_of_tokens(x: Tensor, multiplier: Tensor, least: float) -> tuple[Tenso
 
 def _shape_of_logits(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+def _shape_of_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    del key, value, mask, causal, scale
+    output = query.new_empty([query.shape[d] for d in (0, 2, 1, 3)]).transpose(1, 2)
+    rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return output, rows, torch.empty_like(rows)
 
 
 def _keep_for_gradients(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -46,11 +46,11 @@ KINDS = {
         *("qlinear", "::mm", "addmm", "+linear", "aten::linear", "mkldnn", "ipex_linear"),
         *("int8_rows", "bf16_logits"),
     ),
-    "attention": ("bmm", "scaled_dot_product", "_softmax", "matmul"),
+    "attention": ("bmm", "short_attention", "scaled_dot_product", "_softmax", "matmul"),
     "elementwise": ("Compiled", "aten::", "quantize", "onednn::", "torch_ipex::"),
 }
-"""Parts of the names of operators, tried in this order; what Inductor fuses, the softmax of batched
-attention included, counts as elementwise."""
+"""Parts of the names of operators, tried in this order; what Inductor fuses counts as
+elementwise."""
 
 
 @dataclass(frozen=True)
