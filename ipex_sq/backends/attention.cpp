@@ -15,6 +15,8 @@
 #include <tuple>
 #include <vector>
 
+#ifdef __AVX512BF16__ // without, brgemm does not multiply bf16 either
+
 namespace {
 
 using at::BFloat16;
@@ -284,9 +286,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> short_attention(
 
 } // namespace
 
+#endif
+
 TORCH_LIBRARY_FRAGMENT(ipex_sq, library) {
   library.def(
       "short_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, "
       "float scale) -> (Tensor, Tensor, Tensor)");
+#ifdef __AVX512BF16__
   library.impl("short_attention", torch::dispatch(c10::DispatchKey::CPU, short_attention));
+#endif
 }

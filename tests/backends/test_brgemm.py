@@ -95,6 +95,18 @@ def test_a_width_that_fills_no_group_of_four_stays_with_the_library():
     assert linear(torch.full((2, 1, 18), 3.0)).tolist() == [[[54.0] * 8]] * 2
 
 
+OLDER_CPU = """
+from ipex_sq.backends import brgemm
+brgemm.FLAGS = [flag.replace("march=native", "march=cascadelake") for flag in brgemm.FLAGS]
+assert brgemm.brgemm_built()
+"""
+
+
+def test_cpus_that_do_not_multiply_bf16_have_the_int8_kernels(tmp_path):
+    environment = {**os.environ, "IPEX_SQ_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", OLDER_CPU], env=environment, check=True, timeout=120)
+
+
 def test_many_threads_may_be_the_first():
     code = """
 from concurrent.futures import ThreadPoolExecutor
