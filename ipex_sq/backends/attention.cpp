@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -142,17 +143,35 @@ void scaled_row(const float* from, float scale, int64_t size, BFloat16* to) {
   }
 }
 
-// What is added to the scores: [batch, heads, tokens, keys], where 1 stands for all. In units of
-// log 2, and finite, so that a row that is masked all over stays finite too.
+float wide(float x) {
+  return x;
+}
+
+float wide(uint16_t bits_of_bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bits_of_bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// In units of log 2, and finite, so that a row that is masked all over stays finite too.
+template <typename T>
+void read_bias(const T* from, int64_t stride, int64_t keys, float* to) {
+  if (stride == 1) {
+    for (int64_t k = 0; k < keys; ++k) to[k] = std::max(wide(from[k]) * kLog2E, kLeast);
+  } else {
+    for (int64_t k = 0; k < keys; ++k) to[k] = std::max(wide(from[k * stride]) * kLog2E, kLeast);
+  }
+}
+
+// What is added to the scores: [batch, heads, tokens, keys], where 1 stands for all.
 class Bias {
  public:
   explicit Bias(const std::optional<at::Tensor>& mask) {
     if (!mask) return;
     TORCH_CHECK(mask->dim() == 4, "the mask must have four dimensions");
-    const bool narrow = mask->scalar_type() == at::kBFloat16;
-    mask_ = narrow || mask->scalar_type() == at::kFloat ? *mask : mask->to(at::kFloat);
-    narrow_ = narrow ? mask_.const_data_ptr<BFloat16>() : nullptr;
-    wide_ = narrow ? nullptr : mask_.const_data_ptr<float>();
+    const bool known = mask->scalar_type() == at::kBFloat16 || mask->scalar_type() == at::kFloat;
+    mask_ = known ? *mask : mask->to(at::kFloat);
     for (int64_t d = 0; d < 4; ++d) strides_[d] = mask_.size(d) == 1 ? 0 : mask_.stride(d);
   }
 
@@ -160,16 +179,16 @@ class Bias {
 
   void row(int64_t batch, int64_t head, int64_t token, int64_t keys, float* to) const {
     const int64_t first = batch * strides_[0] + head * strides_[1] + token * strides_[2];
-    for (int64_t k = 0; k < keys; ++k) {
-      const int64_t at = first + k * strides_[3];
-      to[k] = std::max((narrow_ ? static_cast<float>(narrow_[at]) : wide_[at]) * kLog2E, kLeast);
+    if (mask_.scalar_type() == at::kFloat) {
+      read_bias(mask_.const_data_ptr<float>() + first, strides_[3], keys, to);
+    } else {
+      const auto* bits = reinterpret_cast<const uint16_t*>(mask_.const_data_ptr<BFloat16>());
+      read_bias(bits + first, strides_[3], keys, to);
     }
   }
 
  private:
   at::Tensor mask_;
-  const BFloat16* narrow_ = nullptr;
-  const float* wide_ = nullptr;
   int64_t strides_[4] = {};
 };
 

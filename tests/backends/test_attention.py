@@ -122,6 +122,21 @@ def test_scores_of_any_size_give_weights_that_sum_to_one():
 
 
 @pytest.mark.skipif(not has_bf16_instructions(), reason="the CPU does not multiply bf16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_the_kernel_adds_masks_of_any_type_and_layout(dtype):
+    query, key, value = _inputs(50, torch.bfloat16)
+    torch.manual_seed(0)
+    whole = torch.randn(BATCH, HEADS, 50, 50).to(dtype)
+    masks = [whole, whole.transpose(2, 3), whole[:1, :, :1], whole[:, :1, :, :1], whole[0, 0]]
+    for mask in masks:
+        found = short_attention(query, key, value, attn_mask=mask)[0]
+        wanted = functional.scaled_dot_product_attention(
+            *(x.double() for x in (query, key, value)), mask.double().expand(*whole.shape)
+        )
+        assert _difference(found, wanted) < 0.005  # bf16 has 8 bits
+
+
+@pytest.mark.skipif(not has_bf16_instructions(), reason="the CPU does not multiply bf16")
 @pytest.mark.parametrize("size", [16, 32, 64, 80, 96, 128, 18])
 @pytest.mark.parametrize("layout", ["heads first", "tokens first", "odd strides", "fewer keys"])
 def test_the_kernel_takes_any_size_and_layout(layout, size):
