@@ -17,16 +17,18 @@ from ipex_sq.system import has_bf16_instructions
 
 BATCH, HEADS, SIZE = 3, 4, 16
 MODES = ("plain", "causal", "padded", "biased")
-FORMS = ("kernel", "matmuls")
+with_kernel = pytest.mark.skipif(
+    not has_bf16_instructions(), reason="the CPU has neither AVX512-BF16 nor AMX"
+)
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=[pytest.param("kernel", marks=with_kernel), "matmuls"])
 def form(request, monkeypatch):
     """Which of the two is looked at."""
     if request.param == "matmuls":
         monkeypatch.setattr(attention, "has_kernel", lambda: False)
-    elif not has_bf16_instructions():
-        pytest.skip("the CPU does not multiply bf16")
+    else:
+        assert attention.has_kernel()
     torch._dynamo.reset()
     return request.param
 
@@ -121,7 +123,7 @@ def test_scores_of_any_size_give_weights_that_sum_to_one():
         assert (found.float() - 1).abs().max() <= 2**-8  # bf16 weights
 
 
-@pytest.mark.skipif(not has_bf16_instructions(), reason="the CPU does not multiply bf16")
+@with_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_the_kernel_adds_masks_of_any_type_and_layout(dtype):
     query, key, value = _inputs(50, torch.bfloat16)
@@ -136,7 +138,7 @@ def test_the_kernel_adds_masks_of_any_type_and_layout(dtype):
         assert _difference(found, wanted) < 0.005  # bf16 has 8 bits
 
 
-@pytest.mark.skipif(not has_bf16_instructions(), reason="the CPU does not multiply bf16")
+@with_kernel
 @pytest.mark.parametrize("size", [16, 32, 64, 80, 96, 128, 18])
 @pytest.mark.parametrize("layout", ["heads first", "tokens first", "odd strides", "fewer keys"])
 def test_the_kernel_takes_any_size_and_layout(layout, size):
