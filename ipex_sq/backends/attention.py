@@ -10,14 +10,10 @@ touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.decomposition import select_decomp_table
+from torch import Tensor
 
 from ipex_sq.backends.brgemm import brgemm_built
 from ipex_sq.system import has_bf16_instructions
@@ -27,9 +23,6 @@ MOST_TOKENS = 2048
 
 MOST_TOKENS_OF_MATMULS = 256
 """Above, the scores of all pairs cost more memory traffic than the matmuls save."""
-
-VERSION = "ipex_sq short attention 1"
-"""Part of Inductor's cache key: to be changed with `short_attention`."""
 
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -122,23 +115,3 @@ def _matmuls(
     # The kernel's strides: [batch, tokens, heads, size] in memory.
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
     return output, scores.logsumexp(dim=-1)
-
-
-class _Mark(CustomGraphPass):
-    """Does nothing but tell graphs in the cache of compiled ones apart."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Leave the graph as it is."""
-
-    def uuid(self) -> str:
-        """What the cache key holds: graphs with the kernel cannot be loaded without it."""
-        return f"{VERSION}, {'kernel' if has_kernel() else 'matmuls'}"
-
-
-def inductor(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-    """Inductor with `short_attention`, as a backend for torch.compile."""
-    table = {**select_decomp_table(), SDPA: short_attention}
-    # What the asserts would check, Dynamo's guards have checked: 4 % of a step of generation.
-    patches = {"post_grad_custom_pre_pass": _Mark(), "size_asserts": False}
-    compiled: Any = compile_fx(graph, inputs, config_patches=patches, decompositions=table)
-    return compiled  # type: ignore[no-any-return]

@@ -109,7 +109,7 @@ class _CompiledForward:
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    from ipex_sq.backends.attention import inductor
+    from ipex_sq.backends.inductor import inductor
 
     compiled: Callable[..., Any] = torch.compile(function, dynamic=True, backend=inductor)
     return compiled

@@ -21,9 +21,10 @@ from ipex_sq.recipe.qparams import (
     quantize_tokens,
     token_scale,
 )
-from ipex_sq.recipe.splitting import append_copies
+from ipex_sq.recipe.splitting import append_copies, before_parts, number_of_parts
 
-INPUT_BUFFERS = ("multiplier", "channels", "input_scale", "input_zero_point")
+STORED_INPUT = ("multiplier", "channels", "input_scale", "input_zero_point")
+INPUT_BUFFERS = (*STORED_INPUT, "held_low", "held_high")
 """What `Int8Linear.set_input` sets: the same for all readers of a tensor."""
 
 _LIBRARY = torch.library.Library("ipex_sq", "DEF")
@@ -82,8 +83,10 @@ class Int8Linear(nn.Module):
         out_features: Width of the output.
         per_token: Whether the input is rounded per token rather than by a static scale.
         multiplier: `[in_features - copies]`, 1 / (smoothing scale * activation scale), fp32; per
-            token only 1 / smoothing scale.
-        channels: `[copies]`, the input's channels whose levels are appended to it, or None.
+            token 1 / (smoothing scale * parts).
+        channels: `[copies]`, sorted, channels with further parts (`splitting.py`), or None.
+        held_low, held_high: `[copies]` fp32, levels that the parts before each copy hold; None per
+            token or without copies.
         input_scale: Scalar fp32, 1 per token; a tensor, because a Python float would be compiled
             in and make every layer a graph of its own.
         input_zero_point: Scalar int32.
@@ -97,6 +100,8 @@ class Int8Linear(nn.Module):
 
     multiplier: Tensor
     channels: Tensor | None
+    held_low: Tensor | None
+    held_high: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
     weight_scale: Tensor
@@ -135,16 +140,14 @@ class Int8Linear(nn.Module):
         scale = tensors["weight_scale"].clone()
         linear = cls(tensors["weight"], scale, tensors.get("bias"))
         linear.per_token = per_token
-        linear.register_buffer("channels", None)
         for name in ("multiplier", "input_scale", "input_zero_point"):
             linear.register_buffer(name, tensors[name].clone())
-        if "channels" in tensors:
-            linear.channels = tensors["channels"].clone()
+        linear._set_channels(tensors["channels"].clone() if "channels" in tensors else None)
         return linear
 
     def stored(self) -> dict[str, Tensor]:
         """What `restored` needs: int8 weight, scales, bias and how the input is rounded."""
-        fields = {name: getattr(self, name) for name in (*INPUT_BUFFERS, "weight_scale", "bias")}
+        fields = {name: getattr(self, name) for name in (*STORED_INPUT, "weight_scale", "bias")}
         held = {name: tensor.clone() for name, tensor in fields.items() if tensor is not None}
         return {"weight": self.weight, **held}
 
@@ -153,20 +156,30 @@ class Int8Linear(nn.Module):
 
         Args:
             activation: Of the smoothed input; None rounds per token.
-            prescale: What divides the input and which channels are copied, or None.
+            prescale: What divides the input and which channels have parts, or None.
         """
         self.per_token = activation is None
         if activation is None:
             activation = ActivationQParams(1.0, TOKEN_ZERO_POINT)
         channels = None if prescale is None else prescale.channels
         features = self.in_features - (0 if channels is None else len(channels))
-        divisor = None if prescale is None else prescale.divisor
-        divisor = torch.ones(features) if divisor is None else divisor[:features]
-        self.register_buffer("channels", channels)
+        divisor = number_of_parts(channels if self.per_token else None, features)
+        if prescale is not None and prescale.divisor is not None:
+            divisor = divisor * prescale.divisor
         self.register_buffer("multiplier", 1.0 / (divisor * activation.scale))
         self.register_buffer("input_scale", torch.tensor(activation.scale))
         zero_point = torch.tensor(activation.zero_point, dtype=torch.int32)
         self.register_buffer("input_zero_point", zero_point)
+        self._set_channels(channels)
+
+    def _set_channels(self, channels: Tensor | None) -> None:
+        held: tuple[Tensor | None, Tensor | None] = (None, None)
+        if channels is not None and not self.per_token:
+            zero_point = int(self.input_zero_point)
+            held = before_parts(channels, -zero_point, ACTIVATION_LEVELS - zero_point)
+        self.register_buffer("channels", channels)
+        self.register_buffer("held_low", held[0], persistent=False)
+        self.register_buffer("held_high", held[1], persistent=False)
 
     def keep_rows(self) -> None:
         """Keep what products of a few rows need, where they are faster than oneDNN's."""
@@ -200,8 +213,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features - copies]`, any float, to `[..., out_features]`."""
         levels, scale = self._round_tokens(x) if self.per_token else self._round(x)
-        # Copies have the levels of their channels, and bytes are cheaper to copy than floats.
-        return self.multiply(append_copies(levels, self.channels), scale)
+        return self.multiply(levels, scale)
 
     def multiply(self, levels: Tensor, scale: Tensor) -> Tensor:
         """The product alone, scaled and with its bias.
@@ -224,8 +236,17 @@ class Int8Linear(nn.Module):
         return (product if self.bias is None else product + self.bias).to(self.output_dtype)
 
     def _round(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        levels = torch.round(x.float() * self.multiplier) + self.input_zero_point
-        return levels.clamp(0, ACTIVATION_LEVELS).to(torch.uint8), self.input_scale
+        levels = self._cut_off(torch.round(x.float() * self.multiplier))
+        if self.channels is not None:
+            # As `append_rest`, in bytes: as floats, all of x would be written twice.
+            copied = x[..., self.channels].float() * self.multiplier[self.channels]
+            rest = torch.round(copied)
+            rest = rest - rest.clamp(self.held_low, self.held_high)
+            levels = torch.cat((levels, self._cut_off(rest)), dim=-1)
+        return levels, self.input_scale
+
+    def _cut_off(self, levels: Tensor) -> Tensor:
+        return (levels + self.input_zero_point).clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
 
     def _round_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         levels: Tensor
@@ -239,7 +260,8 @@ class Int8Linear(nn.Module):
             x = x.float() * self.multiplier
             scale = token_scale(x)
             levels = quantize_tokens(x, scale)
-        return levels, scale
+        # Parts have equal levels, and bytes are cheaper to copy than floats.
+        return append_copies(levels, self.channels), scale
 
     def _multiply_rows(self, levels: Tensor, scale: Tensor) -> Tensor:
         output: Tensor = torch.ops.ipex_sq.int8_rows(

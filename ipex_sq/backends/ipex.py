@@ -28,8 +28,9 @@ from ipex_sq.backends.native import int8_linear
 from ipex_sq.errors import BackendUnavailableError, NumericalCheckError
 from ipex_sq.models.body import BodyForTracing, ReplacedBody, replace_body
 from ipex_sq.models.folding import replace_module, smoothed_linear
-from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8, LinearPlan, QuantPlan
-from ipex_sq.recipe.splitting import append_copies
+from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8, LinearPlan, PreScale, QuantPlan
+from ipex_sq.recipe.qparams import ActivationQParams
+from ipex_sq.recipe.splitting import append_rest, before_parts
 from ipex_sq.system import int8_isa, keep_freed_memory, usable_flags
 
 PACKAGE = "intel_extension_for_pytorch"
@@ -41,26 +42,44 @@ WARMUP_CALLS = 2
 LINEAR_OP = "<class 'torch.nn.modules.linear.Linear'>"
 
 
-class Fp32Input(nn.Module):
-    """A Linear whose input is fp32 even under autocast.
+class PreparedInput(nn.Module):
+    """A Linear whose input is smoothed, in parts, and fp32 even under autocast; IPEX rounds it.
 
     IPEX silently leaves a Linear in bf16 where its input is bf16 (seen 2026-11-22: 60 of 210 in
-    SmolLM2 without pre-scale, which else makes the input fp32).
+    SmolLM2).
 
     Attributes:
-        channels: `[copies]`, appended to the input, or None.
+        inverse_scale: `[in_features]`, 1/s, or None.
+        channels: `[copies]`, channels with further parts (`recipe/splitting.py`), or None.
+        held_low, held_high: `[copies]`, what the parts before each copy hold, or None.
     """
 
+    inverse_scale: Tensor | None
     channels: Tensor | None
+    held_low: Tensor | None
+    held_high: Tensor | None
 
-    def __init__(self, linear: nn.Module, channels: Tensor | None) -> None:
+    def __init__(
+        self, linear: nn.Module, prescale: PreScale | None, activation: ActivationQParams
+    ) -> None:
         super().__init__()
         self.linear = linear
+        divisor, channels = (prescale.divisor, prescale.channels) if prescale else (None, None)
+        held = before_parts(channels, *activation.ends) if channels is not None else (None, None)
+        self.register_buffer("inverse_scale", None if divisor is None else 1.0 / divisor)
         self.register_buffer("channels", channels)
+        self.register_buffer("held_low", held[0])
+        self.register_buffer("held_high", held[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features]` to `[..., out_features]`."""
-        output: Tensor = self.linear(append_copies(x.float(), self.channels))
+        x = x.float()
+        if self.inverse_scale is not None:
+            x = x * self.inverse_scale
+        if self.channels is not None:
+            assert self.held_low is not None and self.held_high is not None  # noqa: S101, PT018
+            x = append_rest(x, self.channels, (self.held_low, self.held_high))
+        output: Tensor = self.linear(x)
         return output
 
 
@@ -113,11 +132,10 @@ class IpexBackend(Backend):
         for name in plan.names(DYNAMIC_INT8):
             replace_module(model, name, _per_token_linear(model, plan, name, dtype))
         for name in plan.names(STATIC_INT8):
-            prescale = plan.prescale_of(name)
-            if prescale is None or prescale.divisor is None:
-                linear = smoothed_linear(model, name)
-                channels = None if prescale is None else prescale.channels
-                replace_module(model, name, Fp32Input(linear, channels))
+            activation = plan.linears[name].activation
+            assert activation is not None  # noqa: S101
+            linear, prescale = smoothed_linear(model, name), plan.prescale_of(name)
+            replace_module(model, name, PreparedInput(linear, prescale, activation))
         body = BodyForTracing(model.base_model, names).eval()  # type: ignore[arg-type]
         with quiet(), torch.no_grad(), _autocast(dtype):
             frozen = _graph(body, plan, inputs, str(model.base_model_prefix))

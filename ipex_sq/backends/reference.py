@@ -14,6 +14,7 @@ from ipex_sq.recipe.qparams import (
     fake_quantize_tokens,
     fake_quantize_weight,
 )
+from ipex_sq.recipe.splitting import append_rest, before_parts, number_of_parts
 
 
 class SimulatedInt8Linear(nn.Module):
@@ -27,11 +28,16 @@ class SimulatedInt8Linear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, linear: nn.Linear, weight_scale: Tensor, activation: ActivationQParams | None
+        self,
+        linear: nn.Linear,
+        weight_scale: Tensor,
+        activation: ActivationQParams | None,
+        channels: Tensor | None = None,
     ) -> None:
-        """`activation` None rounds per token."""
+        """`activation` None rounds per token; `channels` have parts, with equal shares of x."""
         super().__init__()
         self.activation = activation
+        self.channels = channels
         self.register_buffer("weight", fake_quantize_weight(linear.weight, weight_scale))
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.register_buffer("bias", bias)
@@ -41,8 +47,17 @@ class SimulatedInt8Linear(nn.Module):
         if self.activation is None:
             rounded = fake_quantize_tokens(x)
         else:
+            if self.channels is not None:
+                x = _end_to_end(x, self.channels, self.activation)
             rounded = fake_quantize_activation(x, self.activation)
         return functional.linear(rounded, self.weight, self.bias).to(x.dtype)
+
+
+def _end_to_end(shares: Tensor, channels: Tensor, activation: ActivationQParams) -> Tensor:
+    """`[..., in_features + copies]`, channels in equal shares laid end to end instead."""
+    width = shares.shape[-1] - len(channels)
+    x = shares[..., :width] * number_of_parts(channels, width)
+    return append_rest(x, channels, before_parts(channels, *activation.ends))
 
 
 class ReferenceBackend(Backend):
@@ -76,7 +91,9 @@ def simulated_linear(model: nn.Module, plan: QuantPlan, name: str) -> SimulatedI
     """The simulation of the smoothed Linear at path `name`."""
     item = plan.linears[name]
     assert item.weight_scale is not None  # noqa: S101
-    return SimulatedInt8Linear(smoothed_linear(model, name), item.weight_scale, item.activation)
+    channels = plan.groups[item.group].channels
+    linear = smoothed_linear(model, name)
+    return SimulatedInt8Linear(linear, item.weight_scale, item.activation, channels)
 
 
 def _cast_float_modules(model: nn.Module, dtype: str) -> nn.Module:

@@ -17,7 +17,7 @@ CONFIG = "config.json"
 PLAN_JSON = "quant_plan.json"
 QUANT_METHOD = "ipex_sq"
 COMPRESSED_TENSORS = "compressed-tensors"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _FIELDS = frozenset(
     (
         "architecture",

@@ -244,8 +244,7 @@ def clipped_ranges(
 def _planned_range(plan: QuantPlan, name: str) -> tuple[float, float]:
     activation = plan.linears[name].activation
     assert activation is not None  # noqa: S101
-    low = -activation.zero_point * activation.scale
-    return low, low + 255 * activation.scale
+    return activation.ends
 
 
 _Placed = tuple[int, Batch]

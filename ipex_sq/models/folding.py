@@ -21,7 +21,7 @@ from ipex_sq.errors import NumericalCheckError
 from ipex_sq.models.running import run_model
 from ipex_sq.recipe.hooks import hooked
 from ipex_sq.recipe.plan import FOLD, GroupPlan, PreScale, QuantPlan, producer_scale
-from ipex_sq.recipe.splitting import append_copies, smoothed_weight
+from ipex_sq.recipe.splitting import append_copies, number_of_parts
 
 EQUIVALENCE_TOLERANCE = 1e-3
 """Largest relative change ||after - before|| / ||before|| of a Linear's output or of the logits.
@@ -34,29 +34,33 @@ _PROBE_TOLERANCE = 1e-4
 
 
 class PreScaledLinear(nn.Module):
-    """A Linear whose input gets its copies and is divided by the smoothing scale first.
+    """A float Linear whose input is divided by the smoothing scale first.
+
+    Each part of a channel gets an equal share. Backends round inputs in their own way and look at
+    the Linear alone.
 
     Attributes:
         linear: Holds the smoothed weight, `[out_features, in_features + copies]`.
-        inverse_scale: `[in_features + copies]`, 1/s, or None where the producer has taken it.
+        inverse_scale: `[in_features]`, 1 / (s * parts); without s where the producer has taken it.
         channels: `[copies]`, or None.
     """
 
-    inverse_scale: Tensor | None
+    inverse_scale: Tensor
     channels: Tensor | None
 
     def __init__(self, linear: nn.Linear, prescale: PreScale) -> None:
         super().__init__()
         self.linear = linear
-        divisor = prescale.divisor
-        inverse = None if divisor is None else (1.0 / divisor).to(linear.weight.dtype)
-        self.register_buffer("inverse_scale", inverse)
+        copies = 0 if prescale.channels is None else len(prescale.channels)
+        divisor = number_of_parts(prescale.channels, linear.in_features - copies)
+        if prescale.divisor is not None:
+            divisor = divisor * prescale.divisor
+        self.register_buffer("inverse_scale", (1.0 / divisor).to(linear.weight.dtype))
         self.register_buffer("channels", prescale.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features]` to `[..., out_features]`."""
-        x = append_copies(x, self.channels)
-        output: Tensor = self.linear(x if self.inverse_scale is None else x * self.inverse_scale)
+        output: Tensor = self.linear(append_copies(x * self.inverse_scale, self.channels))
         return output
 
     @property
@@ -167,7 +171,7 @@ def _smooth_group(model: nn.Module, plan: QuantPlan, item: GroupPlan) -> None:
     assert item.scale is not None  # noqa: S101
     for name in item.group.readers:
         linear = smoothed_linear(model, name)
-        smoothed = smoothed_weight(linear.weight.detach(), item.scale, item.channels)
+        smoothed = append_copies(linear.weight.detach() * item.scale, item.channels)
         linear.weight = nn.Parameter(smoothed, requires_grad=linear.weight.requires_grad)
         linear.in_features = smoothed.shape[1]
         prescale = plan.prescale_of(name)

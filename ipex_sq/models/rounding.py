@@ -61,18 +61,19 @@ def round_weights(model: nn.Module, plan: QuantPlan, stats: ActStats) -> None:
 
 
 _Rounded = tuple[Tensor, Tensor | None]
-"""Levels `[sum of out_features, in_features + copies]` int8 of a group's readers, and the mean
-error `[sum of out_features]` of their outputs where biases are corrected."""
+"""Levels `[sum of out_features, in_features]` int8 of a group's readers, and the mean error
+`[sum of out_features]` of their outputs where biases are corrected."""
 
 
 def _round_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, stats: ActStats) -> _Rounded:
     key, readers = item.group.key, item.group.readers
     linears = [smoothed_linear(model, name) for name in readers]
-    weight = torch.cat([linear.weight.float() for linear in linears])
+    # Parts of a channel have one column, and what they hold adds up to the channel.
+    width = linears[0].in_features - (0 if item.channels is None else len(item.channels))
+    weight = torch.cat([linear.weight[:, :width].float() for linear in linears])
     steps = torch.cat([_steps(plan.linears[name]) for name in readers])
     if plan.weight_rounding == GPTQ:
-        hessian = smoothed_hessian(stats.hessians[key], item.scale, item.channels)
-        levels = gptq_weight(weight, steps, hessian)
+        levels = gptq_weight(weight, steps, smoothed_hessian(stats.hessians[key], item.scale))
     else:
         levels = quantize_weight(weight, steps)
     if not plan.corrects_biases or key not in stats.samples:
@@ -90,7 +91,7 @@ def _set_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, rounded: _Rou
         for linear, part in zip(linears, error.split(sizes), strict=True):
             bias = -part if linear.bias is None else linear.bias - part
             linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
-    weight = levels.float() * steps[:, None]
+    weight = append_copies(levels.float() * steps[:, None], item.channels)
     for linear, part in zip(linears, weight.split(sizes), strict=True):
         linear.weight.copy_(part)
 
@@ -112,13 +113,16 @@ def _mean_error(
         sample: Of the group's unsmoothed inputs.
         item: How it is smoothed.
         activation: How its input is rounded.
-        weights: `[out_features, in_features + copies]`, before and after rounding.
+        weights: `[out_features, in_features]`, before and after rounding.
     """
     rows = sample.inputs if item.scale is None else sample.inputs / item.scale
     size = rows.abs().amax(dim=1)
     rows = rows[size <= MASSIVE_FACTOR * size.median()]
-    levels, zero_point, step = round_rows(rows, activation)
+    levels, zero_point, step = round_rows(rows, activation, item.channels)
     # The mean of products with one weight is the product of the mean.
-    before = append_copies(rows.mean(dim=0), item.channels)
-    after = append_copies(((levels.float() - zero_point) * step).mean(dim=0), item.channels)
-    return weights[1] @ after - weights[0] @ before
+    means = ((levels.float() - zero_point) * step).mean(dim=0)
+    width = rows.shape[1]
+    after = means[:width]
+    if item.channels is not None:
+        after = after.index_add(0, item.channels, means[width:])
+    return weights[1] @ after - weights[0] @ rows.mean(dim=0)

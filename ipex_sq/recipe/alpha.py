@@ -9,7 +9,7 @@ every channel exactly the range that calibration saw, and only other texts show 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -19,6 +19,7 @@ from ipex_sq.distributed import share
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import STATIC_INT8
 from ipex_sq.recipe.qparams import (
+    ActivationQParams,
     activation_qparams,
     int8_sums,
     quantize_weight,
@@ -27,10 +28,14 @@ from ipex_sq.recipe.qparams import (
 )
 from ipex_sq.recipe.samples import GroupSample
 from ipex_sq.recipe.smoothing import column_absmax, shared_absmax, smoothing_scale
-from ipex_sq.recipe.splitting import append_copies, smoothed_weight, split_channels
+from ipex_sq.recipe.splitting import append_copies, number_of_parts, split_channels
 
 ALPHA_GRID = tuple(round(0.3 + 0.05 * step, 2) for step in range(15))
 """0.30 to 1.00. Below 0.3 the weights give more range to activations than smoothing takes away."""
+
+HEADROOMS = (1.25, 1.5, 2.0)
+"""What the ranges of calibration are multiplied with, tried in turn while the cost falls: few texts
+leave more unseen than many. On SmolLM2-135M with 128 texts hardly any group wants it."""
 
 SEARCH_ROWS = 256
 """Of a sample. 512 choose no better on SmolLM2-135M and take two thirds longer (docs/log.md)."""
@@ -70,12 +75,27 @@ class GroupInputs:
         return replace(self, stats=self.unsampled_stats or self.stats)
 
     def smoothing(self, alpha: float) -> tuple[Tensor, Tensor | None]:
-        """Smoothing scale `[in_features]`, and the channels to split `[copies]` or None."""
-        activations = shared_absmax(self.stats.act_absmax, self.producer_channels)
-        columns = shared_absmax(self._columns, self.producer_channels)
-        scale = smoothing_scale(activations, columns, alpha)
-        channels = split_channels(self._columns * scale, self.copies) if self.copies else None
-        return scale, channels
+        """Smoothing scale `[in_features]` of one part, and the channels in parts or None."""
+        activations = self.stats.act_absmax / number_of_parts(self._channels, len(self._columns))
+        return smoothing_scale(
+            shared_absmax(activations, self.producer_channels),
+            shared_absmax(self._columns, self.producer_channels),
+            alpha,
+        ), self._channels
+
+    def activation(
+        self, scale: Tensor | None, channels: Tensor | None, headroom: float
+    ) -> ActivationQParams:
+        """Static parameters of the smoothed input in parts, its range `headroom` times as large."""
+        if scale is not None:
+            scale = scale * number_of_parts(channels, len(scale))
+        low, high = self.stats.smoothed_range(scale)
+        return activation_qparams(headroom * low, headroom * high)
+
+    @cached_property
+    def _channels(self) -> Tensor | None:
+        ranges = self.stats.act_absmax * self._columns
+        return split_channels(ranges, self.copies) if self.copies else None
 
     @cached_property
     def _columns(self) -> Tensor:
@@ -89,16 +109,18 @@ class AlphaSearch:
     Attributes:
         kl: By mode ("static_int8", "dynamic_int8"), group key and alpha; None stands for no
             smoothing.
+        headroom: Of groups whose static range is better larger than calibration's, by group key;
+            their least cost is with it.
     """
 
     kl: Mapping[str, Mapping[str, Mapping[float | None, float]]]
+    headroom: Mapping[str, float] = field(default_factory=dict)
 
     def joined(self, other: AlphaSearch) -> AlphaSearch:
         """The costs of both, which are of other groups."""
         modes = dict.fromkeys((*self.kl, *other.kl))
-        return AlphaSearch(
-            {mode: {**self.kl.get(mode, {}), **other.kl.get(mode, {})} for mode in modes}
-        )
+        kl = {mode: {**self.kl.get(mode, {}), **other.kl.get(mode, {})} for mode in modes}
+        return AlphaSearch(kl, {**self.headroom, **other.headroom})
 
     def total(self, mode: str = STATIC_INT8) -> dict[float | None, float]:
         """Cost of each alpha where all groups use it, of those that were tried in all groups."""
@@ -123,6 +145,10 @@ class AlphaSearch:
         costs = self.kl[mode].get(key)
         return 0.0 if costs is None else costs[alpha]
 
+    def room(self, key: str, mode: str = STATIC_INT8) -> float:
+        """Headroom of this group; 1.0 per token, which needs none."""
+        return self.headroom.get(key, 1.0) if mode == STATIC_INT8 else 1.0
+
 
 def search_alpha(
     groups: Mapping[str, GroupInputs],
@@ -140,25 +166,31 @@ def search_alpha(
         grid: Alphas, each in [0, 1] or None.
         modes: How the input is rounded: "static_int8", "dynamic_int8".
         refine: Try every second alpha, then only those beside the best: two thirds of the work,
-            and the sum of the least costs 1 % higher on SmolLM2-135M (docs/log.md).
+            and the sum of the least costs 1 % higher on SmolLM2-135M (docs/log.md). With the best
+            of them, try whether a larger static range is better.
         least_cost: Other modes than the first are tried only in groups that cost as much in it.
         progress: Wraps the iteration over group keys, for a progress bar.
     """
 
-    def costs_of(key: str) -> dict[str, Costs]:
-        group, found = GroupCosts(groups[key]), {}
+    def costs_of(key: str) -> tuple[dict[str, Costs], float]:
+        group, found, headroom = GroupCosts(groups[key]), {}, 1.0
         for mode in modes:
             found[mode] = group.refined(grid, mode) if refine else group.over(grid, mode)
+            if refine and mode == STATIC_INT8:
+                headroom = group.give_room(found[mode])
             if min(found[mode].values()) < least_cost:
                 break
-        return found
+        return found, headroom
 
     kl: dict[str, dict[str, Costs]] = {mode: {} for mode in modes}
+    headroom = {}
     searched = share(list(groups), costs_of, size=lambda key: groups[key].size, progress=progress)
-    for key, found in zip(groups, searched, strict=True):
+    for key, (found, room) in zip(groups, searched, strict=True):
         for mode, costs in found.items():
             kl[mode][key] = costs
-    return AlphaSearch({mode: costs for mode, costs in kl.items() if costs})
+        if room > 1.0:
+            headroom[key] = room
+    return AlphaSearch({mode: costs for mode, costs in kl.items() if costs}, headroom)
 
 
 class GroupCosts:
@@ -184,16 +216,26 @@ class GroupCosts:
         beside = [index for index in (best - 1, best + 1) if 0 <= index < len(grid)]
         return costs | self.over((grid[index] for index in beside), mode)
 
-    def _at(self, alpha: float | None, mode: str) -> float:
+    def give_room(self, costs: Costs) -> float:
+        """Headroom that the static range is best given; lowers the least of `costs` to its cost."""
+        alpha, headroom = min(costs, key=costs.__getitem__), 1.0
+        for larger in HEADROOMS:
+            cost = self._at(alpha, STATIC_INT8, larger)
+            if cost >= costs[alpha]:
+                break
+            costs[alpha], headroom = cost, larger
+        return headroom
+
+    def _at(self, alpha: float | None, mode: str, headroom: float = 1.0) -> float:
         inputs, sample = self._inputs, self._sample
         scale, channels = (None, None) if alpha is None else inputs.smoothing(alpha)
         rows = sample.inputs if scale is None else sample.inputs / scale
-        weight = smoothed_weight(self._stacked, scale, channels)
+        weight = self._stacked if scale is None else self._stacked * scale
         steps = weight_scale(weight)
         static = mode == STATIC_INT8
-        activation = activation_qparams(*inputs.stats.smoothed_range(scale)) if static else None
-        levels, zero_point, step = round_rows(rows, activation)
-        weight_levels = quantize_weight(weight, steps)
-        sums = int8_sums(append_copies(levels, channels), zero_point, weight_levels)
+        activation = inputs.activation(scale, channels, headroom) if static else None
+        levels, zero_point, step = round_rows(rows, activation, channels)
+        weight_levels = append_copies(quantize_weight(weight, steps), channels)
+        sums = int8_sums(levels, zero_point, weight_levels)
         projected = sums.mul_(steps).mul_(step).mul_(sample.gradients).sum(dim=1)
         return sample.expected_kl(projected - self._wanted)

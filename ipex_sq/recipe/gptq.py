@@ -141,20 +141,14 @@ def record_hessians(
         yield recorders
 
 
-def smoothed_hessian(hessian: Tensor, scale: Tensor | None, channels: Tensor | None) -> Tensor:
-    """The Hessian of smoothed inputs with their copies, from that of the inputs.
+def smoothed_hessian(hessian: Tensor, scale: Tensor | None) -> Tensor:
+    """The Hessian of smoothed inputs, from that of the inputs.
 
     Args:
         hessian: `[in_features, in_features]`.
         scale: `[in_features]`, divides the input, or None.
-        channels: `[copies]`, which channels are copied, or None.
     """
-    if scale is not None:
-        hessian = hessian / scale / scale[:, None]
-    if channels is None:
-        return hessian
-    order = torch.cat((torch.arange(len(hessian)), channels))
-    return hessian[order][:, order]
+    return hessian if scale is None else hessian / scale / scale[:, None]
 
 
 def gptq_weight(weight: Tensor, steps: Tensor, hessian: Tensor) -> Tensor:

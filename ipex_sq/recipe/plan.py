@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ipex_sq.config import NEAREST
 from ipex_sq.recipe.qparams import ActivationQParams, activation_qparams
-from ipex_sq.recipe.splitting import append_copies
 
 STATIC_INT8 = "static_int8"
 DYNAMIC_INT8 = "dynamic_int8"
@@ -87,8 +86,10 @@ class GroupPlan:
         group: The group.
         placement: "fold" (into the producer), "prescale" (multiplied at run time) or "none".
         alpha: Migration strength used, or None.
-        scale: `[in_features]` smoothing scale s, or None.
-        channels: `[copies]`, the channels of which copies are made at run time, or None.
+        scale: `[in_features]` smoothing scale s of one part of each channel, or None.
+        channels: `[copies]`, sorted, one for each part but the first that a channel has
+            (`splitting.py`), or None.
+        headroom: How many times as large as calibration's the static range is.
         expected_kl: What int8 in this group is expected to cost, in nats of KL divergence per
             prediction, with weights rounded to nearest (GPTQ costs less); None where alpha was
             given and nothing was searched.
@@ -99,6 +100,7 @@ class GroupPlan:
     alpha: float | None = None
     scale: Tensor | None = None
     channels: Tensor | None = None
+    headroom: float = 1.0
     expected_kl: float | None = None
 
 
@@ -107,9 +109,8 @@ class PreScale:
     """What happens to the input of a Linear at run time, before it is rounded.
 
     Attributes:
-        divisor: `[in_features + copies]`, divides the input with its copies; None where the
-            producer has taken the scale.
-        channels: `[copies]`, appended to the input first, or None.
+        divisor: `[in_features]`, divides the input; None where the producer has taken the scale.
+        channels: `[copies]`, parts that are appended to the input, or None.
     """
 
     divisor: Tensor | None
@@ -188,7 +189,7 @@ class QuantPlan:
         """What happens to this Linear's input at run time, or None."""
         group = self.groups[self.linears[name].group]
         if group.placement == PRESCALE and group.scale is not None:
-            return PreScale(append_copies(group.scale, group.channels), group.channels)
+            return PreScale(group.scale, group.channels)
         return None if group.channels is None else PreScale(None, group.channels)
 
     def output_scale(self, name: str, features: int) -> Tensor | None:

@@ -21,7 +21,7 @@ from ipex_sq.recipe.plan import (
 )
 from ipex_sq.recipe.qparams import ActivationQParams
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 
 
 def plan_to_json(plan: QuantPlan) -> str:
@@ -50,6 +50,7 @@ def plan_to_json(plan: QuantPlan) -> str:
                 "fold_problem": item.group.fold_problem,
                 "placement": item.placement,
                 "alpha": item.alpha,
+                "headroom": item.headroom,
                 "expected_kl": item.expected_kl,
             }
             for key, item in plan.groups.items()
@@ -121,6 +122,5 @@ def _group_plan(key: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -
     if item["placement"] == UNSMOOTHED:
         return GroupPlan(group)
     scale, channels = tensors[f"{key}.smoothing_scale"], tensors.get(f"{key}.split_channels")
-    return GroupPlan(
-        group, item["placement"], item["alpha"], scale, channels, expected_kl=item["expected_kl"]
-    )
+    found = item["placement"], item["alpha"], scale, channels, item["headroom"]
+    return GroupPlan(group, *found, expected_kl=item["expected_kl"])

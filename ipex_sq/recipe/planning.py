@@ -27,8 +27,8 @@ from ipex_sq.recipe.plan import (
     SmoothGroup,
     fold_into_producers,
 )
-from ipex_sq.recipe.qparams import activation_qparams, weight_scale
-from ipex_sq.recipe.splitting import number_of_copies, smoothed_weight
+from ipex_sq.recipe.qparams import weight_scale
+from ipex_sq.recipe.splitting import number_of_copies
 
 KEPT = "to meet --max_drop"
 
@@ -117,9 +117,7 @@ def make_plan(
             continue
         alpha = alphas[mode][group.key]
         inputs = _group_inputs(group, stats, weights, wanted)
-        item = _plan_group(group, inputs, alpha)
-        if search is not None:
-            item = replace(item, expected_kl=search.cost(group.key, alpha, mode))
+        item = _as_searched(_plan_group(group, inputs, alpha), search, mode)
         groups[group.key] = item
         linears |= _plan_linears(item, inputs, mode, reason)
     return QuantPlan(
@@ -211,7 +209,7 @@ def _group_inputs(
 ) -> GroupInputs:
     """What a group's plan is made of; channels are split where alpha is searched."""
     readers = [weights[name].detach().float() for name in group.readers]
-    splits = wanted.searches_alpha and not group.folds_into_norm and not wanted.portable
+    splits = wanted.searches_alpha and not wanted.portable
     return GroupInputs(
         stats=stats.linears[group.key],
         weights=readers,
@@ -246,18 +244,26 @@ def _plan_group(group: SmoothGroup, inputs: GroupInputs, alpha: float | None) ->
     return GroupPlan(group, FOLD if group.foldable else PRESCALE, alpha, scale, channels)
 
 
+def _as_searched(item: GroupPlan, search: AlphaSearch | None, mode: str) -> GroupPlan:
+    if search is None:
+        return item
+    key = item.group.key
+    cost, room = search.cost(key, item.alpha, mode), search.room(key, mode)
+    return replace(item, expected_kl=cost, headroom=room)
+
+
 def _plan_linears(
     item: GroupPlan, inputs: GroupInputs, mode: str, reason: str
 ) -> dict[str, LinearPlan]:
-    ranged = inputs.stats.smoothed_range(item.scale)
-    activation = activation_qparams(*ranged) if mode == STATIC_INT8 else None
+    static = mode == STATIC_INT8
+    activation = inputs.activation(item.scale, item.channels, item.headroom) if static else None
     return {
         name: LinearPlan(
             mode,
             reason,
             item.group.key,
             activation,
-            weight_scale(smoothed_weight(weight, item.scale, item.channels)),
+            weight_scale(weight if item.scale is None else weight * item.scale),
         )
         for name, weight in zip(item.group.readers, inputs.weights, strict=True)
     }

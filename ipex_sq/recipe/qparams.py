@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ipex_sq.recipe.splitting import append_copies, append_rest, before_parts, number_of_parts
 from ipex_sq.system import EXACT_INT8_ISA, int8_isa
 
 ACTIVATION_LEVELS = 255
@@ -33,6 +34,12 @@ class ActivationQParams:
 
     scale: float
     zero_point: int
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Smallest and largest value that a level stands for."""
+        low = -self.zero_point * self.scale
+        return low, low + ACTIVATION_LEVELS * self.scale
 
 
 def activation_qparams(minimum: float, maximum: float) -> ActivationQParams:
@@ -76,16 +83,25 @@ def fake_quantize_tokens(x: Tensor) -> Tensor:
 
 
 def round_rows(
-    rows: Tensor, activation: ActivationQParams | None
+    rows: Tensor, activation: ActivationQParams | None, channels: Tensor | None = None
 ) -> tuple[Tensor, int, Tensor | float]:
-    """Round smoothed rows `[n, in_features]`: per tensor, or per token where `activation` is None.
+    """Round smoothed rows: per tensor, or per token where `activation` is None.
+
+    Args:
+        rows: `[n, in_features]`.
+        activation: Of one part of a channel.
+        channels: `[copies]`, channels in parts (`splitting.py`), or None.
 
     Returns:
-        Levels (uint8), their zero point, and the step: one, or `[n, 1]`.
+        Levels `[n, in_features + copies]` (uint8), their zero point, and the step: one, or
+        `[n, 1]`.
     """
     if activation is None:
-        step = token_scale(rows)
-        return quantize_tokens(rows, step), TOKEN_ZERO_POINT, step
+        shares = rows / number_of_parts(channels, rows.shape[-1])
+        step = token_scale(shares)
+        return append_copies(quantize_tokens(shares, step), channels), TOKEN_ZERO_POINT, step
+    if channels is not None:
+        rows = append_rest(rows, channels, before_parts(channels, *activation.ends))
     return quantize_activation(rows, activation), activation.zero_point, activation.scale
 
 

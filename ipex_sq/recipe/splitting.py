@@ -1,9 +1,14 @@
-"""Outlier channel splitting (Zhao et al. 2019, arXiv 1901.09504), on top of smoothing.
+"""Channels in parts (after outlier channel splitting, Zhao et al. 2019, arXiv 1901.09504).
 
-Smoothing moves a massive activation into its weight column, which then sets the step of every
-weight row and leaves a few levels to the other columns. Splitting such a channel into copies, each
-with an equal part of the column, is exact in float and takes the column's range away again. The
-price is a few more columns. It is done where a pre-scale stands in front of the Linear anyway.
+Smoothing gives one scale to all that a channel holds. A massive activation then has both ends
+against it: its range sets the step of all other activations, or its smoothed weight column the step
+of all weights. So such a channel is written down in several parts, each with the channel's weight
+column and a range of its own, laid end to end: part 0 holds what lies in [low, high], part 1 what
+lies beyond, in twice that range, and so on. n parts are n times the levels for that channel. All of
+it is exact in float; the price is a few more columns.
+
+Inputs that are rounded per token have no range to lay end to end: there each part holds an equal
+share.
 """
 
 from __future__ import annotations
@@ -11,36 +16,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-COPIES_PER_BLOCK = 32
-"""Copies come in multiples of this: kernels work in blocks, odd widths cost speed."""
+CHANNELS_PER_COPY = 48
+"""Twice as many copies gained nothing more on SmolLM2-135M (docs/log.md): once all channels have
+the same range, none has room for what calibration has not seen."""
 
-CHANNELS_PER_BLOCK = 1536
-"""One block of copies for this many channels, about 2 %. Twice as many gained nothing more on
-SmolLM2-135M (docs/log.md)."""
+GROUP = 4
+"""Copies come in multiples of this: int8 kernels add up four products at a time."""
 
 
 def number_of_copies(in_features: int) -> int:
-    """How many copies a Linear of this width gets."""
-    return COPIES_PER_BLOCK * -(-in_features // CHANNELS_PER_BLOCK)
+    """How many copies a Linear of this width gets, over all of its channels."""
+    return GROUP * -(-in_features // (GROUP * CHANNELS_PER_COPY))
 
 
-def split_channels(column_absmax: Tensor, copies: int) -> Tensor:
-    """Which channel each copy is of: always the one whose part of the column is largest.
+def split_channels(ranges: Tensor, copies: int) -> Tensor:
+    """Which channel each copy is of: always the one whose parts have the largest range.
 
     Args:
-        column_absmax: `[in_features]`, largest absolute smoothed weight per column.
+        ranges: `[in_features]`, of activations times weights: how smoothing divides it between the
+            two is decided later.
         copies: How many to make.
 
     Returns:
         `[copies]` int64, sorted.
     """
-    parts = torch.ones_like(column_absmax)
+    parts = torch.ones_like(ranges)
     chosen = []
     for _ in range(copies):
-        channel = int((column_absmax / parts).argmax())
+        channel = int((ranges / parts).argmax())
         parts[channel] += 1
         chosen.append(channel)
     return torch.tensor(sorted(chosen), dtype=torch.int64)
+
+
+def number_of_parts(channels: Tensor | None, in_features: int) -> Tensor:
+    """`[in_features]` fp32, how many parts each channel has; 1 where it has no copy."""
+    if channels is None:
+        return torch.ones(in_features)
+    return torch.bincount(channels, minlength=in_features).float() + 1
 
 
 def append_copies(x: Tensor, channels: Tensor | None) -> Tensor:
@@ -48,20 +61,31 @@ def append_copies(x: Tensor, channels: Tensor | None) -> Tensor:
     return x if channels is None else torch.cat((x, x[..., channels]), dim=-1)
 
 
-def smoothed_weight(weight: Tensor, scale: Tensor | None, channels: Tensor | None) -> Tensor:
-    """The weight that reads a smoothed input with its copies.
+def before_parts(channels: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """What the parts before each copy hold: the ends of their ranges, laid end to end.
 
     Args:
-        weight: `[out_features, in_features]`.
-        scale: `[in_features]` smoothing scale, or None.
-        channels: Of the copies, or None; the parts of a channel have equal shares of its column.
+        channels: `[copies]`, sorted.
+        low: Lower end of one part's range, at most 0.
+        high: Upper end, at least 0.
 
     Returns:
-        `[out_features, in_features + copies]`.
+        Lower and upper ends, `[copies]` fp32 each.
     """
-    if scale is None:
-        return weight
-    if channels is None:
-        return weight * scale
-    parts = torch.bincount(channels, minlength=weight.shape[1]) + 1
-    return append_copies(weight * (scale / parts), channels)
+    _, counts = channels.unique_consecutive(return_counts=True)
+    order = torch.cat([torch.arange(1.0, float(count) + 1) for count in counts])
+    return order * low, order * high
+
+
+def append_rest(x: Tensor, channels: Tensor, before: tuple[Tensor, Tensor]) -> Tensor:
+    """`[..., in_features]` and, behind it, what is left for each copy by the parts before it.
+
+    What a part cannot hold is cut off when it is rounded: that is what the next part gets.
+
+    Args:
+        x: `[..., in_features]`.
+        channels: `[copies]`.
+        before: From `before_parts`.
+    """
+    copied = x[..., channels]
+    return torch.cat((x, copied - copied.clamp(*before)), dim=-1)

@@ -26,6 +26,7 @@ from ipex_sq.recipe.planning import search_modes
 from ipex_sq.recipe.samples import GroupSample, record_samples
 from ipex_sq.streaming.findings import (
     HEAD,
+    HEADROOM,
     TOPOLOGY,
     UNSAMPLED,
     Findings,
@@ -142,17 +143,18 @@ class Calibration:
         self._journal.forget(after, "gradient-*")
 
     def _costs(self, path: str, samples: dict[str, GroupSample]) -> dict[str, Any]:
-        """By mode and group key, pairs of alpha and cost."""
+        """By mode and group key, pairs of alpha and cost; and headroom by group key."""
         stats = self._known.stats(path, samples)
         weights = {name: smoothed_linear(self._model.model, name).weight for name in stats.linears}
         try:
             search = search_modes(stats, weights, self._known.wanted)
         except CalibrationError:  # experts that these texts do not reach
             return {}
-        return {
+        costs = {
             mode: {key: list(costs.items()) for key, costs in groups.items()}
             for mode, groups in search.kl.items()
         }
+        return {**costs, HEADROOM: dict(search.headroom)}
 
 
 def _kept(folder: Path, kind: str) -> Callable[[Tensor], None]:

@@ -26,7 +26,7 @@ from ipex_sq.streaming.journal import Journal
 from ipex_sq.streaming.weights import OnDisk
 
 TOPOLOGY, HEAD = "topology", "head"
-UNSAMPLED = "unsampled_"
+UNSAMPLED, HEADROOM = "unsampled_", "headroom"
 
 
 @dataclass
@@ -130,7 +130,8 @@ class Findings:
             }
             if costs:
                 kl[mode] = costs
-        return AlphaSearch(kl)
+        headroom = {key: room for block in found for key, room in block.get(HEADROOM, {}).items()}
+        return AlphaSearch(kl, headroom)
 
     def rounding_samples(self, index: int) -> dict[str, GroupSample]:
         """The inputs that biases are corrected with, of block `index`, by group key."""

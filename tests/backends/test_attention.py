@@ -7,12 +7,13 @@ import torch
 from torch.nn import functional
 
 from ipex_sq.backends import attention
+from ipex_sq.backends import inductor as layers
 from ipex_sq.backends.attention import (
     MOST_TOKENS,
     MOST_TOKENS_OF_MATMULS,
-    inductor,
     short_attention,
 )
+from ipex_sq.backends.inductor import inductor
 from ipex_sq.system import has_bf16_instructions
 
 BATCH, HEADS, SIZE = 3, 4, 16
@@ -182,7 +183,7 @@ def test_the_compiled_graph_has_it(monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(attention, "short_attention", counted)
-    monkeypatch.setattr(attention, "VERSION", str(uuid4()))  # no graph of a run before
+    monkeypatch.setattr(layers, "VERSION", str(uuid4()))  # no graph of a run before
     torch._dynamo.reset()
     query, key, value = _inputs(20, torch.bfloat16)
     with torch.inference_mode():

@@ -1,6 +1,7 @@
 """The samples must predict what int8 does to the predictions of the whole model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ def _kl(got, wanted):
 def test_expected_kl_meets_the_measured_one(family, batches):
     model = tiny_model(family)
     stats = calibrate(model, batches)
+    # Measured on a text that the ranges hold: so must be expected what no clipping costs.
+    stats = replace(stats, unsampled=stats.linears)
     wanted = logits_of(model, batches[0])
     # The cost is that of weights rounded to nearest, which alpha is searched with.
     config = QuantConfig(alpha="auto", backend="reference", weight_rounding="nearest")

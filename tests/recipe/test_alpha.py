@@ -45,12 +45,29 @@ def test_a_refined_search_tries_less_and_finds_a_neighbour_of_the_best():
     for key in groups:
         tried = refined.kl[STATIC_INT8][key]
         assert len(tried) <= len(ALPHA_GRID) // 2 + 3
-        assert tried.items() <= whole.kl[STATIC_INT8][key].items()
+        found = {**whole.kl[STATIC_INT8][key]}
+        if key in refined.headroom:
+            found[refined.best(key)] = refined.cost(key, refined.best(key))
+        assert tried.items() <= found.items()
         assert set(tried) >= set(ALPHA_GRID[::2])
         best = ALPHA_GRID.index(refined.best(key))
         beside = {ALPHA_GRID[i] for i in (best - 1, best + 1) if 0 <= i < len(ALPHA_GRID)}
         assert beside <= set(tried) or best % 2
     assert list(refined.total()) == list(ALPHA_GRID[::2])
+
+
+def test_a_static_range_gets_room_where_unseen_texts_need_it():
+    group = _group(0, outlier=1.0)
+    narrow = LinearStats(group.stats.minimum / 2, group.stats.maximum / 2)
+    groups = {"seen": group, "unseen": replace(group, unsampled_stats=narrow)}
+    search = search_alpha(groups, modes=(STATIC_INT8, DYNAMIC_INT8), refine=True)
+    assert search.headroom == {"unseen": 2.0}
+    plain = search_alpha(groups, modes=(STATIC_INT8, DYNAMIC_INT8))
+    assert not plain.headroom
+    for key, better in (("seen", 1.0), ("unseen", 0.5)):
+        assert search.cost(key, search.best(key)) <= better * plain.cost(key, search.best(key))
+    # A scale per token holds whatever comes.
+    assert search.kl[DYNAMIC_INT8]["unseen"].items() <= plain.kl[DYNAMIC_INT8]["unseen"].items()
 
 
 def test_a_group_without_a_sample_takes_the_alpha_of_the_model():

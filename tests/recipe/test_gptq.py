@@ -12,7 +12,6 @@ from ipex_sq.recipe.gptq import (
     smoothed_hessian,
 )
 from ipex_sq.recipe.qparams import quantize_weight, weight_scale
-from ipex_sq.recipe.splitting import append_copies
 
 
 def _inputs(channels, tokens=400, seed=0):
@@ -98,11 +97,11 @@ def test_every_nth_token_is_taken_however_they_are_batched():
 
 
 def test_smoothing_the_hessian_is_smoothing_the_inputs():
-    x, scale, channels = _inputs(16), torch.rand(16) + 0.5, torch.tensor([3, 3, 7])
-    smoothed = append_copies(x / scale, channels)
-    found = smoothed_hessian(x.T @ x, scale, channels)
+    x, scale = _inputs(16), torch.rand(16) + 0.5
+    smoothed = x / scale
+    found = smoothed_hessian(x.T @ x, scale)
     torch.testing.assert_close(found, smoothed.T @ smoothed, rtol=1e-4, atol=1.0)
-    assert torch.equal(smoothed_hessian(x.T @ x, None, None), x.T @ x)
+    assert torch.equal(smoothed_hessian(x.T @ x, None), x.T @ x)
 
 
 def test_the_sum_does_not_depend_on_who_saw_which_batch():

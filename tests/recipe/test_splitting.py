@@ -1,39 +1,90 @@
 import pytest
 import torch
 
+from ipex_sq.recipe.qparams import ActivationQParams, activation_qparams, round_rows
 from ipex_sq.recipe.splitting import (
     append_copies,
+    append_rest,
+    before_parts,
     number_of_copies,
-    smoothed_weight,
+    number_of_parts,
     split_channels,
 )
 
 
-@pytest.mark.parametrize("copies", [1, 7, 40])
-def test_splitting_changes_nothing_in_exact_arithmetic(copies):
+def _rows(channels=16, massive=(3, 200.0), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, channels, generator=generator, dtype=torch.double)
+    x[0, massive[0]] = massive[1]
+    return x
+
+
+@pytest.mark.parametrize("low", [-1.5, -0.25, 0.0])
+@pytest.mark.parametrize("size", [-200.0, 0.3, 200.0])
+def test_parts_laid_end_to_end_add_up_to_the_channel(low, size):
+    channels, high = torch.tensor([3] * 150 + [7, 7]), 2.0
+    x = _rows(massive=(3, size)).clamp(low * 151, high * 151)
+    parts = append_rest(x, channels, before_parts(channels, low, high))
+    cut = parts.clamp(low, high)  # as rounding does
+    total = cut[:, :16].index_add(1, channels, cut[:, 16:])
+    most = number_of_parts(channels, 16).double()
+    torch.testing.assert_close(total, x.clamp(low * most, high * most))
+
+
+def test_a_value_that_fits_leaves_nothing_to_the_other_parts():
+    channels = torch.tensor([2, 2, 2, 5])
+    x = _rows().clamp(-0.9, 0.9)
+    rest = append_rest(x, channels, before_parts(channels, -1.0, 1.0))[:, 16:]
+    assert not rest.any()
+
+
+@pytest.mark.parametrize("activation", [ActivationQParams(0.01, 90), ActivationQParams(0.01, 0)])
+def test_a_channel_in_parts_is_rounded_with_the_step_of_one_part(activation):
+    channels = torch.tensor([3] * 9)
+    low, high = activation.ends
+    x = _rows(massive=(3, high * 7.3)).clamp(low, high * 10).float()
+    levels, zero_point, step = round_rows(x, activation, channels)
+    assert levels.dtype == torch.uint8
+    values = (levels.float() - zero_point) * step
+    total = values[:, :16].index_add(1, channels, values[:, 16:])
+    in_range = x.clamp(low, None)
+    in_range[:, torch.arange(16) != 3] = in_range[:, torch.arange(16) != 3].clamp(None, high)
+    assert float((total - in_range).abs().max()) <= 0.5 * step + 1e-4
+    whole = activation_qparams(float(x.min()), float(x.max()))  # what one part would need
+    assert whole.scale > 2 * step
+
+
+def test_per_token_each_part_holds_an_equal_share():
+    channels = torch.tensor([3] * 7)
+    x = _rows().float()
+    levels, zero_point, step = round_rows(x, None, channels)
+    assert torch.equal(levels[:, 16:], levels[:, 3:4].expand(-1, 7))
+    values = (levels.float() - zero_point) * step
+    total = values[:, :16].index_add(1, channels, values[:, 16:])
+    most = number_of_parts(channels, 16)
+    assert bool(((total - x).abs() <= 0.5 * most * step + 1e-4).all())
+
+
+def test_equal_shares_times_copied_columns_change_nothing():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(9, 16, generator=generator, dtype=torch.double)
+    x = _rows()
     weight = torch.randn(5, 16, generator=generator, dtype=torch.double)
-    scale = torch.rand(16, generator=generator, dtype=torch.double) + 0.1
-    channels = split_channels(weight.abs().amax(0) * scale, copies)
-    smoothed = smoothed_weight(weight, scale, channels)
-    assert smoothed.shape == (5, 16 + copies)
-    inputs = append_copies(x, channels) / append_copies(scale, channels)
-    torch.testing.assert_close(inputs @ smoothed.T, x @ weight.T)
+    channels = torch.tensor([0, 3, 3, 15])
+    shares = append_copies(x / number_of_parts(channels, 16), channels)
+    torch.testing.assert_close(shares @ append_copies(weight, channels).T, x @ weight.T)
 
 
 def test_the_largest_part_is_always_split_next():
-    columns = torch.tensor([1.0, 10.0, 4.0])
-    assert split_channels(columns, 3).tolist() == [1, 1, 2]  # parts 10/3, 10/3, 10/3, 4/2, 4/2
+    ranges = torch.tensor([1.0, 10.0, 4.0])
+    assert split_channels(ranges, 3).tolist() == [1, 1, 2]  # parts 10/3, 10/3, 10/3, 4/2, 4/2
     parts = [
-        float((columns / (torch.bincount(split_channels(columns, n), minlength=3) + 1)).max())
-        for n in range(1, 30)
+        float((ranges / number_of_parts(split_channels(ranges, n), 3)).max()) for n in range(1, 30)
     ]
     assert parts == sorted(parts, reverse=True)
 
 
-@pytest.mark.parametrize("width", [1, 576, 1536, 1537, 11008])
-def test_copies_come_in_blocks_and_stay_few_on_wide_layers(width):
+@pytest.mark.parametrize("width", [1, 48, 576, 1536, 1537, 11008])
+def test_copies_come_in_fours_and_stay_few(width):
     copies = number_of_copies(width)
-    assert copies % 32 == 0
-    assert copies <= max(32, 0.042 * width)
+    assert copies % 4 == 0
+    assert width / 48 <= copies < width / 48 + 4

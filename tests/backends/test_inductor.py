@@ -1,0 +1,59 @@
+"""Compiled layers compute once what several readers of a tensor need."""
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ipex_sq.backends.inductor import EveryOperationOnce
+
+
+def _graph(function, *inputs):
+    return make_fx(function, tracing_mode="symbolic")(*inputs)
+
+
+def _count(module, name):
+    return sum(name in str(node.target) for node in module.graph.nodes)
+
+
+def test_readers_of_one_tensor_share_its_rounding():
+    def reader(x, channels, weight):
+        levels = torch.round(x * 10)
+        return torch.cat((levels, levels[..., channels]), dim=-1) @ weight
+
+    def layer(x, channels, first, second):
+        return reader(x, channels, first) + 2 * reader(x, channels, second)
+
+    inputs = torch.randn(5, 8), torch.tensor([1, 1, 3]), *torch.randn(2, 11, 4)
+    module = _graph(layer, *inputs)
+    before = module(*inputs)
+    EveryOperationOnce()(module.graph)
+    module.recompile()
+    assert torch.equal(module(*inputs), before)
+    assert {name: _count(module, name) for name in ("round", "cat", "index", "mm")} == {
+        "round": 1,
+        "cat": 1,
+        "index": 1,
+        "mm": 2,
+    }
+
+
+def test_other_arguments_make_another_operation():
+    module = _graph(lambda x: x.sum(0) * x.sum(1) + x.sum(0), torch.randn(4, 4))
+    EveryOperationOnce()(module.graph)
+    assert _count(module, "sum") == 2
+
+
+def test_what_is_random_returned_or_has_memory_of_its_own_stays_twice():
+    def twice(x):
+        noise = torch.rand_like(x) - torch.rand_like(x)
+        copies = x.clone() * x.clone().neg()
+        return x + 1, x + 1, noise * copies
+
+    x = torch.randn(4, 4)
+    module = _graph(twice, x)
+    EveryOperationOnce()(module.graph)
+    module.recompile()
+    assert _count(module, "rand_like") == 2
+    assert _count(module, "clone") == 2
+    first, second, noise = module(x)
+    assert first.data_ptr() != second.data_ptr()
+    assert noise.any()
