@@ -88,4 +88,6 @@ def append_rest(x: Tensor, channels: Tensor, before: tuple[Tensor, Tensor]) -> T
         before: From `before_parts`.
     """
     copied = x[..., channels]
-    return torch.cat((x, copied - copied.clamp(*before)), dim=-1)
+    # Not clamp: the fuser of TorchScript takes numbers only for its ends.
+    held = torch.maximum(torch.minimum(copied, before[1]), before[0])
+    return torch.cat((x, copied - held), dim=-1)
