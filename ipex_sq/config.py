@@ -170,7 +170,7 @@ class QuantConfig:
     )
     portable: bool = setting(
         False,
-        "nothing that other programs' formats cannot say: no copied channels, no corrected biases, "
+        "nothing that other programs' formats cannot say: no channels in parts, no corrected biases, "
         "static activations unless asked for others",
         action="store_true",
     )

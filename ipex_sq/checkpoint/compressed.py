@@ -1,7 +1,7 @@
 """An int8 model in the compressed-tensors layout, for other programs that read it.
 
 What it can say: int8 weights with a scale per output channel, inputs rounded by one scale and zero
-point. What it cannot: a multiplication in front of a Linear (pre-scale), copied channels, a bias
+point. What it cannot: a multiplication in front of a Linear (pre-scale), channels in parts, a bias
 where the model has none; its rounding per token is another than ours (by absmax / 127.5). A plan
 made with `QuantConfig(portable=True)` asks for none of these but for pre-scales, which are refused.
 The programs that read it run it as they do; compressed-tensors itself simulates int8 in float.

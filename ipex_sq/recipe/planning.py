@@ -42,7 +42,7 @@ class Rounding:
             None (no smoothing).
         activations: "static", "dynamic" or "mixed".
         weights: "nearest" or "gptq".
-        portable: Nothing that other programs' formats cannot say: no copied channels, no corrected
+        portable: Nothing that other programs' formats cannot say: no channels in parts, no corrected
             biases.
         lm_head: int8, per token, for a language model's head too.
         forced: Mode of groups (by key) that are decided already: "dynamic_int8" or "float".
@@ -207,7 +207,7 @@ def _costs_of_model(search: AlphaSearch | None, wanted: Rounding) -> dict[float,
 def _group_inputs(
     group: SmoothGroup, stats: ActStats, weights: Mapping[str, Tensor], wanted: Rounding
 ) -> GroupInputs:
-    """What a group's plan is made of; channels are split where alpha is searched."""
+    """What a group's plan is made of; channels get parts where alpha is searched."""
     readers = [weights[name].detach().float() for name in group.readers]
     splits = wanted.searches_alpha and not wanted.portable
     return GroupInputs(

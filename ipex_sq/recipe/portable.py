@@ -18,7 +18,7 @@ def check_portable(plan: QuantPlan) -> None:
         if prescale is not None:
             group = plan.groups[plan.linears[name].group].group
             why = f"not folded: {group.fold_problem or 'nothing in front can take the scale'}"
-            problems.setdefault("copied channels" if prescale.divisor is None else why, []).append(
+            problems.setdefault("channels in parts" if prescale.divisor is None else why, []).append(
                 name
             )
     if plan.names(DYNAMIC_INT8):

@@ -20,7 +20,7 @@ from ipex_sq.models.tiny import tiny_model
 from ipex_sq.recipe import mixing, planning
 from ipex_sq.recipe.plan import DYNAMIC_INT8, PreScale
 from ipex_sq.recipe.plan_files import plan_to_json
-from ipex_sq.recipe.qparams import activation_qparams
+from ipex_sq.recipe.qparams import activation_qparams, round_rows
 
 # In fp32 only rounding ties differ (a level is 1/255 of the range): well under one level.
 FP32_BOUND = 5e-3
@@ -153,6 +153,23 @@ def test_int8_linear_matches_the_integers(unseen):
         linear(x).double(), exact * qparams.scale * scale + bias, rtol=1e-5, atol=1e-5
     )
     assert torch.equal(linear.weight, weight)
+
+
+@pytest.mark.parametrize("activation", [activation_qparams(-0.5, 1.0), None])
+def test_int8_linear_rounds_parts_as_the_recipe_does_saved_or_not(activation):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (24, 36), dtype=torch.int8, generator=generator)
+    x, divisor = torch.randn(50, 32, generator=generator), torch.rand(32, generator=generator) + 0.5
+    x[:9, 3] *= 100.0
+    channels = torch.tensor([3, 3, 3, 7])
+    linear = Int8Linear(weight, torch.full((24,), 0.01), None)
+    linear.set_input(activation, PreScale(divisor, channels))
+    levels, zero_point, step = round_rows(x * (1.0 / divisor), activation, channels)
+    exact = (levels.long() - zero_point) @ weight.long().T * 0.01 * step
+    # A tie that falls to the other side: one level of one channel.
+    assert relative_error(linear(x), exact) < 1e-4
+    again = Int8Linear.restored(linear.stored(), per_token=activation is None)
+    assert torch.equal(again(x), linear(x))
 
 
 def test_int8_linear_per_token_matches_the_integers():

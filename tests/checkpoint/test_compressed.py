@@ -59,7 +59,7 @@ def test_scales_that_do_not_fold_are_named(batches):
 @pytest.mark.parametrize(
     ("recipe", "problem"),
     [
-        ({"portable": False}, "copied channels|corrected biases"),
+        ({"portable": False}, "channels in parts|corrected biases"),
         ({"alpha": 0.5, "activations": "dynamic", "portable": False}, "rounded per token"),
     ],
 )

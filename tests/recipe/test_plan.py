@@ -18,6 +18,7 @@ def decided(request):
 
 
 def test_a_plan_survives_serialisation(decided):
+    assert any(item.headroom > 1.0 for item in decided.groups.values())
     again = plan_from_json(plan_to_json(decided), plan_tensors(decided))
     assert plan_to_json(again) == plan_to_json(decided)
     for key, tensor in plan_tensors(decided).items():
