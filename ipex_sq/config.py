@@ -170,8 +170,8 @@ class QuantConfig:
     )
     portable: bool = setting(
         False,
-        "nothing that other programs' formats cannot say: no channels in parts, no corrected biases, "
-        "static activations unless asked for others",
+        "nothing that other programs' formats cannot say: no channels in parts, no corrected "
+        "biases, static activations unless asked for others",
         action="store_true",
     )
     backend: str = setting("auto", f"auto or one of: {', '.join(BACKENDS)}")

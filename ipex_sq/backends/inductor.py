@@ -13,7 +13,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from ipex_sq.backends import attention
 
-VERSION = "ipex_sq layers 2"
+VERSION = "ipex_sq layers 3"
 """Part of Inductor's cache key: to be changed with `short_attention` and the pass below."""
 
 _OWN_MEMORY = (torch.ops.aten.empty, torch.ops.aten.clone)
@@ -32,10 +32,8 @@ class EveryOperationOnce(CustomGraphPass):
         for node in list(graph.nodes):
             if node in returned or not _is_function(node):
                 continue
-            try:
-                first = seen.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
-            except TypeError:  # an argument without a hash
-                continue
+            # As text: nodes have names of their own there, and 1 is not 1.0.
+            first = seen.setdefault((node.target, str(node.args), str(node.kwargs)), node)
             if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)

@@ -42,8 +42,8 @@ class Rounding:
             None (no smoothing).
         activations: "static", "dynamic" or "mixed".
         weights: "nearest" or "gptq".
-        portable: Nothing that other programs' formats cannot say: no channels in parts, no corrected
-            biases.
+        portable: Nothing that other programs' formats cannot say: no channels in parts, no
+            corrected biases.
         lm_head: int8, per token, for a language model's head too.
         forced: Mode of groups (by key) that are decided already: "dynamic_int8" or "float".
     """

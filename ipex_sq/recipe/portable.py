@@ -17,10 +17,10 @@ def check_portable(plan: QuantPlan) -> None:
         prescale = plan.prescale_of(name)
         if prescale is not None:
             group = plan.groups[plan.linears[name].group].group
-            why = f"not folded: {group.fold_problem or 'nothing in front can take the scale'}"
-            problems.setdefault("channels in parts" if prescale.divisor is None else why, []).append(
-                name
-            )
+            why = "channels in parts"
+            if prescale.divisor is not None:
+                why = f"not folded: {group.fold_problem or 'nothing in front can take the scale'}"
+            problems.setdefault(why, []).append(name)
     if plan.names(DYNAMIC_INT8):
         problems["rounded per token"] = plan.names(DYNAMIC_INT8)
     if plan.corrects_biases:

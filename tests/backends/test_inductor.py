@@ -42,6 +42,14 @@ def test_other_arguments_make_another_operation():
     assert _count(module, "sum") == 2
 
 
+def test_a_whole_number_is_not_its_float():
+    """They are equal in Python, and give results of other types."""
+    module = _graph(lambda x: (x * 1).to(torch.float64) + x * 1.0, torch.arange(4))
+    EveryOperationOnce()(module.graph)
+    module.recompile()
+    assert _count(module, "mul") == 2
+
+
 def test_what_is_random_returned_or_has_memory_of_its_own_stays_twice():
     def twice(x):
         noise = torch.rand_like(x) - torch.rand_like(x)
