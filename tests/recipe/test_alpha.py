@@ -7,6 +7,7 @@ from ipex_sq.recipe.alpha import ALPHA_GRID, AlphaSearch, GroupCosts, GroupInput
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8
 from ipex_sq.recipe.samples import GroupSample
+from ipex_sq.recipe.splitting import number_of_parts
 
 
 def _group(seed, outlier):
@@ -104,6 +105,15 @@ def test_a_rescaling_between_activations_and_weights_changes_no_cost():
     before, after = costs_of(group, ALPHA_GRID), costs_of(moved, ALPHA_GRID)
     # A value on a rounding boundary may fall to the other side: a hundredth of the squared error.
     torch.testing.assert_close(torch.tensor(after), torch.tensor(before), rtol=4e-2, atol=0)
+
+
+def test_at_one_half_a_part_and_its_column_have_the_same_range():
+    group = replace(_group(0, outlier=100.0), copies=8)
+    scale, channels = group.smoothing(0.5)
+    parts = number_of_parts(channels, 32)
+    assert float(parts[5]) > 4
+    columns = group.weights[0].abs().amax(dim=0)
+    torch.testing.assert_close(group.stats.act_absmax / (scale * parts), columns * scale)
 
 
 def test_splitting_helps_where_one_token_is_massive():
