@@ -34,10 +34,13 @@ def test_transformers_reads_it_and_agrees(family, alpha, batches, unseen, tmp_pa
     folder = save_compressed(ours, tmp_path / "out", max_shard_size="40KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-    wanted = logits_of(ours, unseen)
+    wanted, got = logits_of(ours, unseen), logits_of(theirs, unseen)
     float_error = relative_error(wanted, logits_of(tiny_model(family), unseen))
-    # fp32 sums in another order; a level that flips is some thousandths.
-    assert relative_error(logits_of(theirs, unseen), wanted) < min(1e-3, float_error / 10)
+    errors = sorted(relative_error(*texts) for texts in zip(got, wanted, strict=True))
+    # fp32 sums in another order: here and there a tie falls to the other side, a hundredth of that
+    # text's later logits. Whatever else could differ (scales, zero points, order) does so in all.
+    assert errors[len(errors) // 2] < 1e-5
+    assert errors[-1] < float_error / 2
 
 
 @reads
