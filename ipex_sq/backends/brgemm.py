@@ -28,6 +28,8 @@ TILE = 64
 GROUP = 4
 """int8 levels that one instruction multiplies and adds up."""
 
+_ROWS_OF_SUMS = 1024
+
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
 _NAME = "ipex_sq_brgemm"
 _BUILT = "built"
@@ -115,6 +117,13 @@ def pack_rows(weight: Tensor) -> Tensor:
     padded = nn.functional.pad(weight, (0, 0, 0, tiles * TILE - out_features))
     split = padded.view(tiles, TILE, in_features // GROUP, GROUP)
     return split.transpose(1, 2).contiguous()
+
+
+def sum_rows(weight: Tensor) -> Tensor:
+    """The sum of each row of int8 `weight` `[out, in]`, `[out]` int32."""
+    # In slices: sum() writes its input down in int32 first, four times a whole head.
+    slices = weight.split(_ROWS_OF_SUMS)
+    return torch.cat([rows.sum(dim=1, dtype=torch.int32) for rows in slices])
 
 
 def _shape_of_rows(

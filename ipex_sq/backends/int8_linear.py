@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ipex_sq.backends.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows, unpack_rows
+from ipex_sq.backends.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
     ACTIVATION_LEVELS,
@@ -111,10 +111,12 @@ class Int8Linear(nn.Module):
     row_weight: Tensor | None
     row_sums: Tensor | None
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *, only_rows: bool = False
+    ) -> None:
         """Pack int8 `weight` `[out_features, in_features]` with its scale and bias.
 
-        `set_input` must follow.
+        `set_input` must follow. With `only_rows`, as the method of that name leaves it.
         """
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -124,13 +126,17 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         zeros = torch.zeros(self.out_features, dtype=torch.int32)
         self.register_buffer("weight_zero_points", zeros, persistent=False)
-        packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-        self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("row_weight", None, persistent=False)
-        self.register_buffer("row_sums", None, persistent=False)
+        for name in ("packed", "row_weight", "row_sums"):
+            self.register_buffer(name, None, persistent=False)
+        if only_rows:
+            self._pack_rows(weight)
+        if self.row_weight is None:
+            self.packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
 
     @classmethod
-    def restored(cls, tensors: Mapping[str, Tensor], *, per_token: bool) -> Int8Linear:
+    def restored(
+        cls, tensors: Mapping[str, Tensor], *, per_token: bool, only_rows: bool = False
+    ) -> Int8Linear:
         """The Linear whose `stored()` is `tensors`; keeps none of them.
 
         Raises:
@@ -138,7 +144,7 @@ class Int8Linear(nn.Module):
             RuntimeError: One has another type or shape.
         """
         scale = tensors["weight_scale"].clone()
-        linear = cls(tensors["weight"], scale, tensors.get("bias"))
+        linear = cls(tensors["weight"], scale, tensors.get("bias"), only_rows=only_rows)
         linear.per_token = per_token
         for name in ("multiplier", "input_scale", "input_zero_point"):
             linear.register_buffer(name, tensors[name].clone())
@@ -183,10 +189,13 @@ class Int8Linear(nn.Module):
 
     def keep_rows(self) -> None:
         """Keep what products of a few rows need, where they are faster than oneDNN's."""
-        if self.row_weight is None and self.in_features % GROUP == 0 and brgemm_built():
-            weight = self.weight
+        if self.row_weight is None:
+            self._pack_rows(self.weight)
+
+    def _pack_rows(self, weight: Tensor) -> None:
+        if self.in_features % GROUP == 0 and brgemm_built():
             self.row_weight = pack_rows(weight)
-            self.row_sums = weight.sum(dim=1, dtype=torch.int32)
+            self.row_sums = sum_rows(weight)
 
     def only_rows(self) -> bool:
         """Use brgemm for any number of rows, which scales each row as it is written.

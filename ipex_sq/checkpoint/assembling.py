@@ -120,7 +120,8 @@ class SavedModel:
         tensors = self._shards.read(f"{name}.")
         per_token = self.plan.linears[name].mode == DYNAMIC_INT8
         try:
-            return Int8Linear.restored(tensors, per_token=per_token)
+            # Packed for both kernels, those per token would be twice in memory for a while.
+            return Int8Linear.restored(tensors, per_token=per_token, only_rows=per_token)
         except (KeyError, RuntimeError):
             raise self._misfit([f"{name}.{field}" for field in tensors] or [name]) from None
 

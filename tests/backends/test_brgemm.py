@@ -135,6 +135,10 @@ def test_rows_alone_multiply_any_number_of_them(shape, biased, dtype):
     bound = {torch.bfloat16: 2**-8, torch.float32: 2**-22}[dtype]
     assert (found - wanted).abs().max() <= bound * wanted.abs().max()
     assert torch.equal(linear(x[:, ::2]), found[:, ::2])  # of any layout, any number
+    restored = Int8Linear.restored(linear.stored(), per_token=True, only_rows=True)
+    restored.output_dtype = dtype
+    assert restored.packed is None
+    assert torch.equal(restored(x), found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

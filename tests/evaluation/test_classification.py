@@ -88,6 +88,20 @@ def test_measures_by_hand():
     assert result.stderr == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_measures_agree_with_scikit_learn(classes):
+    metrics = pytest.importorskip("sklearn.metrics")  # lm-eval brings it, the library has no need
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        pairs = torch.randint(classes - seed % 2, (2, 12), generator=generator).tolist()
+        result = ClassificationResult(tuple(pairs[0]), tuple(pairs[1]), 0)
+        expected = metrics.confusion_matrix(pairs[1], pairs[0], labels=range(classes))
+        assert result.confusion_matrix(classes) == expected.tolist()
+        average = "binary" if classes == 2 else "macro"
+        f1 = metrics.f1_score(pairs[1], pairs[0], average=average, zero_division=0.0)
+        assert result.f1(classes) == pytest.approx(f1)
+
+
 def test_what_cannot_be_scored_is_refused(classifier):
     with pytest.raises(DataError, match="no reviews"):
         evaluate_classifier(classifier, [])
