@@ -3,7 +3,7 @@
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ipex_sq.backends.inductor import EveryOperationOnce
+from ipex_sq.backends.inductor import EveryOperationOnce, inductor
 
 
 def _graph(function, *inputs):
@@ -65,3 +65,11 @@ def test_what_is_random_returned_or_has_memory_of_its_own_stays_twice():
     first, second, noise = module(x)
     assert first.data_ptr() != second.data_ptr()
     assert noise.any()
+
+
+def test_tanh_is_that_of_torch_to_fp32_wherever_it_is_asked():
+    edges = torch.tensor([0.0, -0.0, 1e-20, 20.0, -20.0, 1e4, -3e38, torch.inf, -torch.inf])
+    x = torch.cat((torch.linspace(-12, 12, 4096), edges, torch.tensor([torch.nan])))
+    compiled = torch.compile(torch.tanh, dynamic=True, backend=inductor)
+    # Half the distance of two fp32 numbers below 1, twice: of the quotient and of the difference.
+    torch.testing.assert_close(compiled(x), x.tanh(), rtol=0, atol=2**-22, equal_nan=True)
