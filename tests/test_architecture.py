@@ -32,8 +32,11 @@ ONLY_IMPORTER = {
     "datasets": "data",
     "intel_extension_for_pytorch": "backends/ipex.py backends/inc.py",
     "neural_compressor": "backends/inc.py",
-    "openvino": "benchmarking/openvino_peer.py",
-    "nncf": "benchmarking/openvino_peer.py benchmarking/pt2e_peer.py",
+    "openvino": "benchmarking/openvino_peer.py benchmarking/openvino_generation.py",
+    "nncf": (
+        "benchmarking/openvino_peer.py benchmarking/openvino_generation.py "
+        "benchmarking/pt2e_peer.py"
+    ),
     "torchao": "benchmarking/pt2e_peer.py",
     "onnx": "benchmarking/onnxruntime_peer.py",
     "onnxruntime": "benchmarking/onnxruntime_peer.py",

@@ -14,7 +14,7 @@ from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.quantization import check_config, quantize_model
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.benchmarking.limits import Work, work_of
-from ipex_sq.benchmarking.peers import PEERS, Peer, build_peer, check_installed
+from ipex_sq.benchmarking.peers import PEERS, Peer, build_peer, check_peer
 from ipex_sq.benchmarking.subjects import Subject
 from ipex_sq.checkpoint.folders import read_manifest
 from ipex_sq.checkpoint.plans import load_plan
@@ -132,18 +132,24 @@ class Prepared:
     work: Work
 
 
-def prepare(contender: Contender, subject: Subject) -> Prepared:
-    """Load the model and put it into the form that is timed."""
+def prepare(contender: Contender, subject: Subject, *, generates: bool = False) -> Prepared:
+    """Load the model and put it into the form that is timed.
+
+    Args:
+        contender: Which.
+        subject: What it is made of.
+        generates: Whether `generate` is asked for: a peer may need another graph.
+    """
     if contender.checkpoint is not None:
         return _from_checkpoint(contender, Path(contender.checkpoint))
     if contender.peer:
-        check_installed(contender.backend)
+        check_peer(contender.backend, generates=generates)
     loaded = subject.load()
     model, batches = loaded.model, loaded.batches
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     work = work_of(model, contender.precision, contender.head_precision)
     if contender.peer:
-        model = build_peer(contender.backend, model, batches)
+        model = build_peer(contender.backend, model, batches, generates=generates)
     elif contender.quant is not None:
         model = quantize_model(model, batches, contender.quant).model
     elif contender.backend == COMPILED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,8 @@ def openvino_int8(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
         model: Float model; left as it is.
         batches: Calibration batches.
     """
-    import nncf
     import openvino
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)
     names = input_names(batches[0])
     with torch.no_grad():
         converted = openvino.convert_model(
@@ -34,18 +33,7 @@ def openvino_int8(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
             example_input=tuple(batches[0][name] for name in names),
         )
     rows = [tuple(batch[name].numpy() for name in names) for batch in batches]
-    quantized = nncf.quantize(
-        converted,
-        nncf.Dataset(rows),
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(rows),
-    )
-    compiled = openvino.compile_model(
-        quantized,
-        "CPU",
-        {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()},
-    )
-    request = compiled.create_infer_request()
+    request = infer_request(quantized_graph(converted, rows))
 
     def run(*tensors: Tensor) -> Tensor:
         outputs = request.infer(
@@ -54,3 +42,35 @@ def openvino_int8(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
         return torch.from_numpy(outputs[0])
 
     return PeerModel(run, names, model.config)
+
+
+def quantized_graph(graph: Any, rows: Sequence[tuple[Any, ...]], **settings: Any) -> Any:
+    """Quantize an OpenVINO graph by NNCF's recipe for transformers.
+
+    Args:
+        graph: Float.
+        rows: Its inputs, batch by batch, to calibrate on.
+        settings: Others of `nncf.quantize`.
+    """
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf.quantize(
+        graph,
+        nncf.Dataset(rows),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(rows),
+        **settings,
+    )
+
+
+def infer_request(graph: Any) -> Any:
+    """Compile a graph for the CPU, with as many threads as torch, and hand out what runs it."""
+    import openvino
+
+    compiled = openvino.compile_model(
+        graph,
+        "CPU",
+        {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()},
+    )
+    return compiled.create_infer_request()

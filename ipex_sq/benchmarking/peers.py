@@ -14,11 +14,15 @@ from torch import nn
 
 from ipex_sq.benchmarking.ctranslate2_peer import ctranslate2_int8
 from ipex_sq.benchmarking.onnxruntime_peer import onnxruntime_int8
+from ipex_sq.benchmarking.openvino_generation import openvino_int8_to_generate
 from ipex_sq.benchmarking.openvino_peer import openvino_int8
 from ipex_sq.benchmarking.pt2e_peer import pt2e_int8
 from ipex_sq.errors import BackendUnavailableError, IpexSqError, UnsupportedModelError
 from ipex_sq.models.running import run_model
 from ipex_sq.recipe.batching import Batch
+
+Quantize = Callable[[nn.Module, Sequence[Batch]], nn.Module]
+"""Makes of a float model and calibration batches one that is called alike."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,16 @@ class Peer:
     Attributes:
         label: Its recipe: "int8", "int8+sq", or "int8 dynamic" where nothing is calibrated.
         packages: What it imports.
-        quantize: Makes of a float model and calibration batches one that is called alike.
+        quantize: For forward passes of whole texts.
         in_torch: Whether torch's profiler sees its operators.
+        quantize_to_generate: For `generate`, where it has a key-value cache here.
     """
 
     label: str
     packages: tuple[str, ...]
-    quantize: Callable[[nn.Module, Sequence[Batch]], nn.Module]
+    quantize: Quantize
     in_torch: bool = False
+    quantize_to_generate: Quantize | None = None
 
     def missing(self) -> list[str]:
         """Those of its packages that are not installed."""
@@ -43,41 +49,59 @@ class Peer:
 
 
 PEERS = {
-    "openvino": Peer("int8+sq", ("openvino", "nncf"), openvino_int8),
+    "openvino": Peer(
+        "int8+sq",
+        ("openvino", "nncf"),
+        openvino_int8,
+        quantize_to_generate=openvino_int8_to_generate,
+    ),
     "onnxruntime": Peer("int8", ("onnxruntime", "onnx"), onnxruntime_int8),
     "ctranslate2": Peer("int8 dynamic", ("ctranslate2",), ctranslate2_int8),
     "pt2e": Peer("int8+sq", ("nncf", "torchao"), pt2e_int8, in_torch=True),
 }
 
 
-def check_installed(name: str) -> None:
-    """Refuse, before the work, a peer that is missing.
+def check_peer(name: str, *, generates: bool) -> None:
+    """Refuse, before the work, a peer that is missing or cannot do it.
 
     Raises:
         BackendUnavailableError: One of its packages is not installed.
+        UnsupportedModelError: It does not generate.
     """
     missing = PEERS[name].missing()
     if missing:
         reason = f"{' and '.join(missing)} not installed: pip install -r requirements-peers.txt"
         raise BackendUnavailableError(name, [reason])
+    _quantize_of(name, generates=generates)
 
 
-def build_peer(name: str, model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
+def _quantize_of(name: str, *, generates: bool) -> Quantize:
+    quantize = PEERS[name].quantize_to_generate if generates else PEERS[name].quantize
+    if quantize is None:
+        raise UnsupportedModelError(f"{name} does not generate: it has no key-value cache here")
+    return quantize
+
+
+def build_peer(
+    name: str, model: nn.Module, batches: Sequence[Batch], *, generates: bool = False
+) -> nn.Module:
     """Let the peer quantize `model`, and run it once.
 
     Args:
         name: One of `PEERS`.
         model: Float model; not to be used afterwards.
         batches: Calibration batches.
+        generates: Whether `generate` is asked for.
 
     Raises:
-        UnsupportedModelError: It failed; says how.
+        UnsupportedModelError: It does not generate, or it failed; says how.
     """
+    quantize = _quantize_of(name, generates=generates)
     try:
         # Their progress bars and notes do not belong to the result.
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            built = PEERS[name].quantize(model, batches)
+            built = quantize(model, batches)
             with torch.inference_mode():
                 run_model(built, batches[0])
     except IpexSqError:

@@ -99,7 +99,7 @@ class Session:
         reset_peak_rss()
         keep_freed_memory()
         start = time.perf_counter()
-        prepared = prepare(contender, subject)
+        prepared = prepare(contender, subject, generates=config.workload == DECODE)
         self._work = prepared.work
         self._accuracy: dict[str, float] = {}
         if config.workload == LAMBADA:
