@@ -56,7 +56,7 @@ class ClassificationResult:
         counts = torch.tensor(self.confusion_matrix(classes))
         right, labelled, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
         occur = labelled + predicted
-        of_class = 2 * right / occur.clamp(min=1)
+        of_class = 2 * right.double() / occur.clamp(min=1)
         return float(of_class[1] if classes == 2 else of_class[occur > 0].mean())
 
     def confusion_matrix(self, classes: int) -> list[list[int]]:
