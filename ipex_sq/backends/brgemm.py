@@ -111,7 +111,12 @@ def pack_rows(weight: Tensor) -> Tensor:
     """int8 `weight` `[out, in]` in brgemm's layout `[out / 64, in / 4, 64, 4]`, padded with 0.
 
     `in` must be a multiple of 4.
+
+    Raises:
+        RuntimeError: Another type, as of oneDNN.
     """
+    if weight.dtype != torch.int8:
+        raise RuntimeError(f"a weight of int8 levels has type {weight.dtype}")
     out_features, in_features = weight.shape
     tiles = -(-out_features // TILE)
     padded = nn.functional.pad(weight, (0, 0, 0, tiles * TILE - out_features))

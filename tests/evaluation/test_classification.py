@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import INT8_BACKENDS, TEXTS
+from sklearn import metrics  # lm-eval brings it, the library has no need
 
 from ipex_sq.backends.quantization import quantize
 from ipex_sq.config import EvaluationConfig, QuantConfig
@@ -90,7 +91,6 @@ def test_measures_by_hand():
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_measures_agree_with_scikit_learn(classes):
-    metrics = pytest.importorskip("sklearn.metrics")  # lm-eval brings it, the library has no need
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         pairs = torch.randint(classes - seed % 2, (2, 12), generator=generator).tolist()
