@@ -119,6 +119,8 @@ class SavedModel:
     def _int8_linear(self, name: str) -> Int8Linear:
         tensors = self._shards.read(f"{name}.")
         per_token = self.plan.linears[name].mode == DYNAMIC_INT8
+        if "weight" in tensors and tensors["weight"].dtype != torch.int8:
+            raise self._misfit([f"{name}.weight"])  # oneDNN of torch 2.8 would take it
         try:
             # Packed for both kernels, those per token would be twice in memory for a while.
             return Int8Linear.restored(tensors, per_token=per_token, only_rows=per_token)
