@@ -1,10 +1,10 @@
 """Attention of short sequences in compiled bf16 layers.
 
 Up to 2048 tokens one kernel of our own (`attention.cpp`), whose scores do not leave the core's
-cache, takes a fourth of the time of PyTorch's kernel. Where it does not build, and for steps of
-generation, two batched matmuls with a softmax between them take half of it, at 100 to 200 tokens
-(docs/log.md). Inductor is given either in the place of PyTorch's; the model's own code is not
-touched.
+cache, takes a fourth of the time of PyTorch's kernel; for one token over any number another. Where
+they do not build, two batched matmuls with a softmax between them take half of it, at 100 to 200
+tokens (docs/log.md). Inductor is given either in the place of PyTorch's; the model's own code is
+not touched.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ def short_attention(
     if dropout_p or query.dtype != torch.bfloat16:
         return NotImplemented
     scale = 1.0 / math.sqrt(size) if scale is None else scale
-    step = tokens == 1  # of generation: one text is as fast with PyTorch's, several are not
-    kernel = not step and size % 2 == 0 and scale > 0 and has_kernel()
+    step = tokens == 1  # of generation
+    kernel = size % 2 == 0 and scale > 0 and has_kernel()
     most = MOST_TOKENS if kernel else MOST_TOKENS_OF_MATMULS
-    if (step and batch == 1) or (not step and (tokens > most or keys > most)):
+    # Without the kernel one text's step is as fast with PyTorch's; several are not.
+    if (step and not kernel and batch == 1) or (not step and (tokens > most or keys > most)):
         return NotImplemented
     mask = attn_mask
     if kernel:

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -61,28 +62,45 @@ struct Epilogue {
   }
 };
 
+// One of the weights that the same levels are multiplied with.
+struct Int8Product {
+  const int8_t* weights;
+  Epilogue finish;
+  void* out; // of the type that was asked for
+  int64_t out_features;
+
+  int64_t tiles() const { return (out_features + kTile - 1) / kTile; }
+
+  // Columns `first` to `first + 63` for `count` rows from `row` on.
+  template <typename T>
+  void tile(const uint8_t* x, int64_t in_features, int64_t row, int64_t count, int64_t first, int32_t* sums) const {
+    const int64_t columns = std::min(kTile, out_features - first);
+    brgemm(count, kTile, in_features, in_features, kTile, kTile, false,
+           x + row * in_features, weights + first * in_features, sums);
+    for (int64_t r = 0; r < count; ++r) {
+      T* to = static_cast<T*>(out) + (row + r) * out_features + first;
+      finish(sums + r * kTile, to, row + r, first, columns);
+    }
+  }
+};
+
 template <typename T>
-void int8_tiles(const at::Tensor& levels, const at::Tensor& packed, const Epilogue& finish, at::Tensor& output) {
+void int8_tiles(const at::Tensor& levels, const std::vector<Int8Product>& products) {
   const int64_t in_features = levels.size(-1);
-  const int64_t out_features = output.size(-1);
   const int64_t rows = levels.numel() / in_features;
   const uint8_t* x = levels.const_data_ptr<uint8_t>();
-  const int8_t* weights = packed.const_data_ptr<int8_t>();
-  T* out = output.mutable_data_ptr<T>();
-  at::parallel_for(0, packed.size(0), kTilesPerTask, [&](int64_t begin, int64_t end) {
+  std::vector<std::pair<const Int8Product*, int64_t>> tiles; // and their first columns
+  for (const auto& product : products) {
+    for (int64_t n = 0; n < product.tiles(); ++n) tiles.emplace_back(&product, n * kTile);
+  }
+  const int64_t total = static_cast<int64_t>(tiles.size());
+  at::parallel_for(0, total, kTilesPerTask, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> sums(std::min(rows, kRowsPerCall) * kTile);
     for (int64_t task = begin; task < end; task += kTilesPerTask) {
       for (int64_t row = 0; row < rows; row += kRowsPerCall) {
         const int64_t count = std::min(kRowsPerCall, rows - row);
-        for (int64_t tile = task; tile < std::min(task + kTilesPerTask, end); ++tile) {
-          const int64_t first = tile * kTile;
-          const int64_t columns = std::min(kTile, out_features - first);
-          brgemm(count, kTile, in_features, in_features, kTile, kTile, false,
-                 x + row * in_features, weights + first * in_features, sums.data());
-          for (int64_t r = 0; r < count; ++r) {
-            T* to = out + (row + r) * out_features + first;
-            finish(sums.data() + r * kTile, to, row + r, first, columns);
-          }
+        for (int64_t n = task; n < std::min(task + kTilesPerTask, end); ++n) {
+          tiles[n].first->tile<T>(x, in_features, row, count, tiles[n].second, sums.data());
         }
       }
     }
@@ -90,9 +108,49 @@ void int8_tiles(const at::Tensor& levels, const at::Tensor& packed, const Epilog
   });
 }
 
-// levels [..., in] uint8; input_scale one fp32 number or [..., 1]; packed [out / 64, in / 4, 64, 4]
-// int8; weight_sums [out] int32, the sums of the weight's rows; weight_scale and bias [out] fp32;
-// returns [..., out] fp32 or bf16.
+// levels [..., in] uint8; input_scale one fp32 number or [..., 1]; of each of the weights packed
+// [out / 64, in / 4, 64, 4] int8, its rows' sums [out] int32, scale and bias [out] fp32; returns for
+// each [..., out] fp32 or bf16.
+std::vector<at::Tensor> int8_rows_together(
+    const at::Tensor& levels,
+    const at::Tensor& input_scale,
+    const at::Tensor& input_zero_point,
+    at::TensorList packed,
+    at::TensorList weight_sums,
+    at::TensorList weight_scales,
+    const c10::List<std::optional<at::Tensor>>& biases,
+    at::ScalarType dtype) {
+  const bool scale_for_each = input_scale.numel() > 1;
+  TORCH_CHECK(!scale_for_each || input_scale.numel() * levels.size(-1) == levels.numel(),
+              "one scale, or one for each row");
+  TORCH_CHECK(input_scale.is_contiguous(), "scales must be contiguous");
+  TORCH_CHECK(packed.size() == weight_sums.size() && packed.size() == weight_scales.size() && packed.size() == biases.size(),
+              "sums, a scale and a bias or none for each weight");
+  std::vector<at::Tensor> outputs;
+  std::vector<Int8Product> products;
+  for (size_t n = 0; n < packed.size(); ++n) {
+    check(levels, packed[n].size(1) * packed[n].size(3));
+    const std::optional<at::Tensor> bias = biases.get(n);
+    outputs.push_back(empty_output(levels, weight_scales[n].size(0), dtype));
+    const Epilogue finish{
+        *input_zero_point.const_data_ptr<int32_t>(),
+        input_scale.const_data_ptr<float>(),
+        scale_for_each,
+        weight_sums[n].const_data_ptr<int32_t>(),
+        weight_scales[n].const_data_ptr<float>(),
+        bias ? bias->const_data_ptr<float>() : nullptr};
+    products.push_back({packed[n].const_data_ptr<int8_t>(), finish, outputs[n].mutable_data_ptr(), outputs[n].size(-1)});
+  }
+  if (dtype == at::kBFloat16) {
+    int8_tiles<BFloat16>(levels, products);
+  } else {
+    int8_tiles<float>(levels, products);
+  }
+  return outputs;
+}
+
+// `int8_rows_together` of one weight. An operator of its own: torch.jit.trace, by which IPEX lowers a
+// model, takes no list of optional tensors.
 at::Tensor int8_rows(
     const at::Tensor& levels,
     const at::Tensor& input_scale,
@@ -102,25 +160,10 @@ at::Tensor int8_rows(
     const at::Tensor& weight_scale,
     const std::optional<at::Tensor>& bias,
     at::ScalarType dtype) {
-  check(levels, packed.size(1) * packed.size(3));
-  const bool scale_for_each = input_scale.numel() > 1;
-  TORCH_CHECK(!scale_for_each || input_scale.numel() * levels.size(-1) == levels.numel(),
-              "one scale, or one for each row");
-  TORCH_CHECK(input_scale.is_contiguous(), "scales must be contiguous");
-  auto output = empty_output(levels, weight_scale.size(0), dtype);
-  const Epilogue finish{
-      *input_zero_point.const_data_ptr<int32_t>(),
-      input_scale.const_data_ptr<float>(),
-      scale_for_each,
-      weight_sums.const_data_ptr<int32_t>(),
-      weight_scale.const_data_ptr<float>(),
-      bias ? bias->const_data_ptr<float>() : nullptr};
-  if (dtype == at::kBFloat16) {
-    int8_tiles<BFloat16>(levels, packed, finish, output);
-  } else {
-    int8_tiles<float>(levels, packed, finish, output);
-  }
-  return output;
+  c10::List<std::optional<at::Tensor>> biases;
+  biases.push_back(bias);
+  return int8_rows_together(
+      levels, input_scale, input_zero_point, packed, weight_sums, weight_scale, biases, dtype)[0];
 }
 
 // One row of x times the multiplier, rounded around 128 by its absmax / 127; returns that scale. The
@@ -308,6 +351,11 @@ TORCH_LIBRARY_FRAGMENT(ipex_sq, library) {
       "int8_rows(Tensor levels, Tensor input_scale, Tensor input_zero_point, Tensor packed, "
       "Tensor weight_sums, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor");
   library.impl("int8_rows", torch::dispatch(c10::DispatchKey::CPU, int8_rows));
+  library.def(
+      "int8_rows_together(Tensor levels, Tensor input_scale, Tensor input_zero_point, "
+      "Tensor[] packed, Tensor[] weight_sums, Tensor[] weight_scales, Tensor?[] biases, "
+      "ScalarType dtype) -> Tensor[]");
+  library.impl("int8_rows_together", torch::dispatch(c10::DispatchKey::CPU, int8_rows_together));
   library.def("round_tokens(Tensor x, Tensor multiplier, float least) -> (Tensor, Tensor)");
   library.impl("round_tokens", torch::dispatch(c10::DispatchKey::CPU, round_tokens));
   library.def("bf16_logits(Tensor x, Tensor weight) -> Tensor");

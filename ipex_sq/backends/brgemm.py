@@ -19,6 +19,7 @@ from ipex_sq.system import cache_directory, cpu_flags, usable_flags
 logger = logging.getLogger(__name__)
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("brgemm.cpp", "attention.cpp"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("softmax.h", "step_attention.h"))
 MOST_ROWS = 32
 """That `int8_rows` is used for in the place of oneDNN: a step of generation of so many texts."""
 
@@ -38,7 +39,7 @@ _LOCK = threading.Lock()
 
 def build_directory() -> Path:
     """Folder of the built library: one for each CPU, torch and source, as hosts share homes."""
-    code = [source.read_text(encoding="utf-8") for source in SOURCES]
+    code = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
     of = " ".join([torch.__version__, *sorted(cpu_flags()), *FLAGS, *code])
     return cache_directory() / f"brgemm-{hashlib.sha256(of.encode()).hexdigest()[:16]}"
 
@@ -71,6 +72,7 @@ def _registered() -> bool:
         (folder / _BUILT).unlink(missing_ok=True)  # what does not load is built again
         return False
     torch.library.register_fake("ipex_sq::int8_rows", _shape_of_rows)
+    torch.library.register_fake("ipex_sq::int8_rows_together", _shapes_of_rows)
     torch.library.register_fake("ipex_sq::round_tokens", _shape_of_tokens)
     torch.library.register_fake("ipex_sq::bf16_logits", _shape_of_logits)
     torch.library.register_fake("ipex_sq::short_attention", _shape_of_attention)
@@ -143,6 +145,21 @@ def _shape_of_rows(
 ) -> Tensor:
     del input_scale, input_zero_point, packed, weight_sums, bias
     return levels.new_empty((*levels.shape[:-1], weight_scale.shape[0]), dtype=dtype)
+
+
+def _shapes_of_rows(
+    levels: Tensor,
+    input_scale: Tensor,
+    input_zero_point: Tensor,
+    packed: list[Tensor],
+    weight_sums: list[Tensor],
+    weight_scales: list[Tensor],
+    biases: list[Tensor | None],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    del input_scale, input_zero_point, packed, weight_sums, biases
+    shape = levels.shape[:-1]
+    return [levels.new_empty((*shape, scale.shape[0]), dtype=dtype) for scale in weight_scales]
 
 
 def _shape_of_tokens(x: Tensor, multiplier: Tensor, least: float) -> tuple[Tensor, Tensor]:

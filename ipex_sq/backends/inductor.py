@@ -1,8 +1,9 @@
-"""Inductor as it compiles layers: attention of its own, every operation once, a fast tanh."""
+"""Inductor as it compiles layers: attention of its own, shared work once, a fast tanh."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import getitem
 from typing import Any
 
 import torch
@@ -13,34 +14,77 @@ from torch._inductor.decomposition import select_decomp_table
 
 from ipex_sq.backends import attention
 
-VERSION = "ipex_sq layers 3"
-"""Part of Inductor's cache key: to be changed with `short_attention` and the pass below."""
+VERSION = "ipex_sq layers 6"
+"""Part of Inductor's cache key: to be changed with `short_attention` and the passes below."""
 
 _OWN_MEMORY = (torch.ops.aten.empty, torch.ops.aten.clone)
 
 
-class EveryOperationOnce(CustomGraphPass):
-    """Lets readers of one tensor share what each of them computes from it: its rounding to int8.
-
-    Inductor fuses equal operations where it can, and writes each result all the same.
-    """
+class SharedWork(CustomGraphPass):
+    """Lets readers of one tensor share what is the same for all of them."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Replace every operation that was there before, in place."""
-        returned = graph.output_node().all_input_nodes
-        seen: dict[Any, fx.Node] = {}
-        for node in list(graph.nodes):
-            if node in returned or not _is_function(node):
-                continue
-            # As text: nodes have names of their own there, and 1 is not 1.0.
-            first = seen.setdefault((node.target, str(node.args), str(node.kwargs)), node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-                graph.erase_node(node)
+        """Change `graph` in place."""
+        every_operation_once(graph)
+        products_together(graph)
 
     def uuid(self) -> str:
         """What the cache key holds: graphs with the kernel cannot be loaded without it."""
         return f"{VERSION}, {'kernel' if attention.has_kernel() else 'matmuls'}"
+
+
+def every_operation_once(graph: fx.Graph) -> None:
+    """Replace, in place, every operation that was there before: rounding to int8, of each reader.
+
+    Inductor fuses equal operations where it can, and writes each result all the same.
+    """
+    returned = graph.output_node().all_input_nodes
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node in returned or not _is_function(node):
+            continue
+        # As text: nodes have names of their own there, and 1 is not 1.0.
+        first = seen.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def products_together(graph: fx.Graph) -> None:
+    """Make one call, in place, of int8 products of a few rows that have their levels in common.
+
+    A call costs as much as reading a small weight, and small weights leave cores without work.
+    """
+    alike: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if _is_rows(node) and all(of.op == "placeholder" for of in _weights_of(node)):
+            levels, scale, zero_point, *_, dtype = node.args
+            alike.setdefault((levels, scale, zero_point, dtype), []).append(node)
+    for (*inputs, dtype), nodes in alike.items():
+        if len(nodes) > 1:
+            _join(graph, nodes, inputs, dtype)
+
+
+def _join(graph: fx.Graph, nodes: list[fx.Node], inputs: list[Any], dtype: Any) -> None:
+    together: Any = torch.ops.ipex_sq.int8_rows_together.default
+    weights = [[node.args[at] for node in nodes] for at in (3, 4, 5, 6)]
+    with graph.inserting_before(nodes[0]):
+        joined = graph.call_function(together, (*inputs, *weights, dtype))
+        joined.meta["val"] = [node.meta["val"] for node in nodes]
+        outputs = [graph.call_function(getitem, (joined, n)) for n in range(len(nodes))]
+    for node, output in zip(nodes, outputs, strict=True):
+        output.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(output)
+        graph.erase_node(node)
+
+
+def _is_rows(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.name() == "ipex_sq::int8_rows"
+
+
+def _weights_of(node: fx.Node) -> list[fx.Node]:
+    return [of for of in node.all_input_nodes if of not in node.args[:3]]
 
 
 def _is_function(node: fx.Node) -> bool:
@@ -55,12 +99,13 @@ def _is_function(node: fx.Node) -> bool:
 
 
 def inductor(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-    """Inductor with short attention and `EveryOperationOnce`, as a backend for torch.compile."""
+    """Inductor with short attention and `SharedWork`, as a backend for torch.compile."""
     table = {**select_decomp_table(), attention.SDPA: attention.short_attention}
     patches = {
-        "post_grad_custom_pre_pass": EveryOperationOnce(),
+        "post_grad_custom_pre_pass": SharedWork(),
         # What the asserts would check, Dynamo's guards have checked: 4 % of a step of generation.
         "size_asserts": False,
+        "alignment_asserts": False,
         # From the exponential, to 1e-7: half the time of the library's tanh, in BLOOM's GELU.
         "cpp.use_decompose_tanh": True,
     }

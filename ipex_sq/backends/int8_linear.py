@@ -273,15 +273,9 @@ class Int8Linear(nn.Module):
         return append_copies(levels, self.channels), scale
 
     def _multiply_rows(self, levels: Tensor, scale: Tensor) -> Tensor:
+        weight = self.row_weight, self.row_sums, self.weight_scale, self.bias
         output: Tensor = torch.ops.ipex_sq.int8_rows(
-            levels,
-            scale,
-            self.input_zero_point,
-            self.row_weight,
-            self.row_sums,
-            self.weight_scale,
-            self.bias,
-            self.output_dtype,
+            levels, scale, self.input_zero_point, *weight, self.output_dtype
         )
         return output
 

@@ -162,6 +162,51 @@ def test_the_kernel_takes_any_size_and_layout(layout, size):
         assert found.transpose(1, 2).is_contiguous()
 
 
+def _exact(query, key, value, mask=None):
+    share = query.shape[1] // key.shape[1]
+    spread = [x.double().repeat_interleave(share, dim=1) for x in (key, value)]
+    mask = None if mask is None else mask.double()
+    return functional.scaled_dot_product_attention(query.double(), *spread, attn_mask=mask)
+
+
+@with_kernel
+@pytest.mark.parametrize("size", [2, 16, 18, 64, 80, 128])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (9, 3), (12, 2), (7, 1)])
+def test_a_step_attends_to_any_number_of_keys(size, heads, groups):
+    torch.manual_seed(0)
+    for batch, keys in ((1, 1), (1, 15), (3, 16), (1, 33), (5, 130), (2, 513)):
+        query = torch.randn(batch, heads, 1, size).bfloat16()
+        # As a cache holds them: the first of many tokens, and what comes after is not theirs.
+        room = torch.full((2, batch, groups, keys + 3, size), torch.nan).bfloat16()
+        room[..., :keys, :] = torch.randn(2, batch, groups, keys, size)
+        key, value = room[..., :keys, :]
+        for mask in (None, torch.randn(batch, 1, 1, keys), torch.randn(1, heads, 1, keys)):
+            found, sums = short_attention(query, key, value, attn_mask=mask)
+            assert _difference(found, _exact(query, key, value, mask)) < 0.01  # bf16 has 8 bits
+            assert found.transpose(1, 2).is_contiguous()
+            assert bool(sums.isfinite().all())
+
+
+@pytest.mark.usefixtures("form")
+def test_masked_keys_have_no_influence_on_a_step():
+    _, key, value = _inputs(40, torch.bfloat16)
+    query = torch.randn(BATCH, HEADS, 1, SIZE).bfloat16()
+    mask = torch.zeros(BATCH, 1, 1, 40)
+    mask[1, ..., :25] = torch.finfo(torch.float32).min
+    found = short_attention(query, key, value, attn_mask=mask)[0]
+    key[1, :, :25], value[1, :, :25] = 100.0, -100.0
+    assert torch.equal(short_attention(query, key, value, attn_mask=mask)[0], found)
+
+
+@with_kernel
+def test_a_step_that_is_causal_sees_the_first_key():
+    """As PyTorch counts, from the first key on."""
+    _, key, value = _inputs(9, torch.bfloat16)
+    query = torch.randn(BATCH, HEADS, 1, SIZE).bfloat16()
+    found = short_attention(query, key, value, is_causal=True)[0]
+    assert torch.equal(found, value[:, :, :1])
+
+
 @pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.0), (torch.bfloat16, 0.1)])
 def test_what_has_no_other_form_is_left_to_pytorch(dtype, dropout):
     assert short_attention(*_inputs(8, dtype), dropout) is NotImplemented

@@ -1,0 +1,139 @@
+// What attention over many tokens and over one have in common: the softmax of a row of scores, and
+// what is added to them.
+
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+namespace ipex_sq {
+
+using at::BFloat16;
+
+constexpr int64_t kVector = 16; // fp32 in a register
+constexpr int64_t kKeys = 2 * kVector; // keys come in multiples of this: one register of bf16
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLeast = std::numeric_limits<float>::lowest() / 2;
+
+inline int64_t blocks_of(int64_t n, int64_t size) {
+  return (n + size - 1) / size;
+}
+
+inline __mmask32 first_of(int64_t n) {
+  return n < kKeys ? (__mmask32(1) << n) - 1 : ~__mmask32(0);
+}
+
+// 2^x to 3e-6 of itself, of which bf16 keeps 4e-3; below 2^-120 it is 0, and NaN stays. Numbers that
+// are too small to be normal would cost a hundred times as much.
+inline __m512 exp2(__m512 x) {
+  const __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-120.0f), _CMP_NLT_UQ);
+  const __m512 whole = _mm512_maskz_roundscale_ps(some, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 part = _mm512_maskz_sub_ps(some, x, whole); // -0.5 to 0.5
+  __m512 y = _mm512_set1_ps(9.58276e-3f);
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(5.590643e-2f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(2.4024101e-1f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(6.9312419e-1f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.0f));
+  return _mm512_maskz_scalef_ps(some, y, whole);
+}
+
+// 2^(score * factor - top). The product is rounded as it is in `top`: the largest becomes 1 however
+// large it is. Without a rounding in its name the compiler would make one operation of the two.
+inline __m512 below(const float* scores, __m512 factor, __m512 top) {
+  const __m512 scaled =
+      _mm512_mul_round_ps(_mm512_loadu_ps(scores), factor, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return exp2(_mm512_sub_ps(scaled, top));
+}
+
+inline void store(BFloat16* to, __m512 low, __m512 high, __mmask32 mask) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+  _mm512_mask_storeu_epi16(to, mask, reinterpret_cast<const __m512i&>(both));
+}
+
+// One row of scores to weights that are not divided by their sum yet. Of `width` scores `valid`
+// count; `bias`, in units of log 2, is added to those. `scale` takes scores to these units and is
+// positive. Returns the largest in these units and the sum of the weights.
+inline std::tuple<float, float> softmax_row(float* scores, const float* bias, float scale, int64_t valid, int64_t width, BFloat16* weights) {
+  const float none = -std::numeric_limits<float>::infinity();
+  std::fill(scores + valid, scores + width, none);
+  __m512 factor = _mm512_set1_ps(scale);
+  __m512 largest = _mm512_set1_ps(none);
+  for (int64_t k = 0; k < width; k += kVector) {
+    __m512 score = _mm512_loadu_ps(scores + k);
+    if (bias) {
+      score = _mm512_fmadd_ps(score, factor, _mm512_loadu_ps(bias + k));
+      _mm512_storeu_ps(scores + k, score);
+    }
+    largest = _mm512_max_ps(largest, score);
+  }
+  if (bias) factor = _mm512_set1_ps(1.0f);
+  const float top = _mm512_reduce_max_ps(largest) * (bias ? 1.0f : scale);
+  const __m512 most = _mm512_set1_ps(top);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t k = 0; k < width; k += kKeys) {
+    const __m512 low = below(scores + k, factor, most);
+    const __m512 high = below(scores + k + kVector, factor, most);
+    sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+    store(weights + k, low, high, ~__mmask32(0));
+  }
+  return {top, _mm512_reduce_add_ps(sum)};
+}
+
+inline float wide(float x) {
+  return x;
+}
+
+inline float wide(uint16_t bits_of_bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bits_of_bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// In units of log 2, and finite, so that a row that is masked all over stays finite too.
+template <typename T>
+void read_bias(const T* from, int64_t stride, int64_t keys, float* to) {
+  if (stride == 1) {
+    for (int64_t k = 0; k < keys; ++k) to[k] = std::max(wide(from[k]) * kLog2E, kLeast);
+  } else {
+    for (int64_t k = 0; k < keys; ++k) to[k] = std::max(wide(from[k * stride]) * kLog2E, kLeast);
+  }
+}
+
+// What is added to the scores: [batch, heads, tokens, keys], where 1 stands for all.
+class Bias {
+ public:
+  explicit Bias(const std::optional<at::Tensor>& mask) {
+    if (!mask) return;
+    TORCH_CHECK(mask->dim() == 4, "the mask must have four dimensions");
+    const bool known = mask->scalar_type() == at::kBFloat16 || mask->scalar_type() == at::kFloat;
+    mask_ = known ? *mask : mask->to(at::kFloat);
+    for (int64_t d = 0; d < 4; ++d) strides_[d] = mask_.size(d) == 1 ? 0 : mask_.stride(d);
+  }
+
+  explicit operator bool() const { return mask_.defined(); }
+
+  void row(int64_t batch, int64_t head, int64_t token, int64_t keys, float* to) const {
+    const int64_t first = batch * strides_[0] + head * strides_[1] + token * strides_[2];
+    if (mask_.scalar_type() == at::kFloat) {
+      read_bias(mask_.const_data_ptr<float>() + first, strides_[3], keys, to);
+    } else {
+      const auto* bits = reinterpret_cast<const uint16_t*>(mask_.const_data_ptr<BFloat16>());
+      read_bias(bits + first, strides_[3], keys, to);
+    }
+  }
+
+ private:
+  at::Tensor mask_;
+  int64_t strides_[4] = {};
+};
+
+} // namespace ipex_sq
