@@ -2,7 +2,7 @@
 
 Compiling a whole model costs minutes; its layers are alike, so one compiled layer serves them all
 in seconds. With a key-value cache the prompt runs as written, so that the first token comes at
-once, and every further token through a compiled layer that gets its part of the cache as tensors.
+once, and every further token goes through a graph for steps (`stepping.py`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,8 @@ from torch import nn
 
 from ipex_sq.backends.brgemm import MOST_ROWS
 from ipex_sq.backends.head import widen_logits
-from ipex_sq.models.caching import (
-    KeysAndValues,
-    LayerCache,
-    is_cache,
-    layer_index,
-    past_of,
-    with_cache,
-)
+from ipex_sq.backends.stepping import LayerStep, StepGraphs
+from ipex_sq.models.caching import is_cache, layer_index, past_of
 from ipex_sq.system import keep_freed_memory
 
 KINDS = 256
@@ -57,8 +51,9 @@ def compile_layers(model: nn.Module) -> nn.Module:
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * KINDS)
+    graphs = StepGraphs()
     for layer in find_layers(model):
-        layer.forward = _CompiledForward(layer)  # type: ignore[assignment, method-assign]
+        layer.forward = _CompiledForward(layer, graphs)  # type: ignore[assignment, method-assign]
     widen_logits(model)
     keep_freed_memory()
     return model
@@ -71,12 +66,12 @@ class _CompiledForward:
     first token 2 s earlier.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, graphs: StepGraphs) -> None:
         forward: Any = layer.forward
-        self._layer = layer
         self._eager = forward
         self._names = tuple(inspect.signature(forward).parameters)
         self._index = layer_index(layer)
+        self._step = LayerStep(layer, forward.__func__, graphs)
         self._unprepared: list[Any] = [
             module for module in layer.modules() if hasattr(module, "keep_rows")
         ]
@@ -85,27 +80,22 @@ class _CompiledForward:
     def _compiled(self) -> Callable[..., Any]:
         return _compile(self._eager)
 
-    @cached_property
-    def _step(self) -> Callable[..., Any]:
-        return _compile(_step)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         name = next((name for name, value in named.items() if is_cache(value)), None)
         if name is None:
             return self._compiled(*args, **kwargs)
-        past = past_of(named[name], self._index)
         shape = _hidden_shape(named)
-        if past is None or shape[-2] != 1:
+        past = past_of(named[name], self._index)
+        # Gradients need each step's keys and values as they were, not a buffer that is written to.
+        if self._index is None or past is None or shape[-2] != 1 or torch.is_grad_enabled():
             return self._eager(*args, **kwargs)
         if self._unprepared and shape[0] <= MOST_ROWS:
             for module in self._unprepared:
                 module.keep_rows()
             self._unprepared = []
         cache = named.pop(name)
-        outputs, added = self._step(self._layer, self._eager.__func__, (name, past), named)
-        cache.update(*added, self._index)
-        return with_cache(outputs, cache)
+        return self._step.run(name, cache, self._index, named)
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,22 +103,6 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
     compiled: Callable[..., Any] = torch.compile(function, dynamic=True, backend=inductor)
     return compiled
-
-
-def _step(
-    layer: nn.Module,
-    forward: Callable[..., Any],
-    cached: tuple[str, KeysAndValues],
-    arguments: dict[str, Any],
-) -> tuple[Any, KeysAndValues]:
-    """One layer on one more token, and its keys and values of that token.
-
-    The layer is an argument and `forward` its class's: torch.compile makes one graph of it, where
-    it would make one for each bound method.
-    """
-    name, past = cached
-    here = LayerCache(past)
-    return forward(layer, **arguments, **{name: here}), here.added
 
 
 def _hidden_shape(arguments: dict[str, Any]) -> torch.Size:
