@@ -18,16 +18,16 @@
 #include <utility>
 #include <vector>
 
+#include "tile_output.h"
+
 namespace {
 
-using at::BFloat16;
+using namespace ipex_sq;
 using at::native::cpublas::brgemm;
 
-constexpr int64_t kTile = 64;        // columns of one call
-constexpr int64_t kTilesPerTask = 4; // their results are 1 KiB of a row of logits
+constexpr int64_t kTilesPerGroup = 4; // their results are 1 KiB of a row of logits
 constexpr int64_t kRowsPerCall = 64;
 constexpr int64_t kFewRows = 32;     // from here on it pays to bring the weight into B's layout
-constexpr int64_t kVector = 16;      // words of 32 bits in a register
 constexpr float kTokenMaximum = 127; // levels on either side of
 constexpr int32_t kTokenZero = 128;
 
@@ -42,26 +42,6 @@ at::Tensor empty_output(const at::Tensor& x, int64_t out_features, at::ScalarTyp
   return at::empty(sizes, x.options().dtype(dtype));
 }
 
-// Sums of one tile in int32 to outputs: y = (sum - zero_point * row sum) * scale + bias.
-struct Epilogue {
-  int32_t zero_point;
-  const float* scales; // of the rows
-  bool scale_for_each; // or one for all
-  const int32_t* weight_sums;
-  const float* weight_scales;
-  const float* biases;
-
-  template <typename T>
-  void operator()(const int32_t* sums, T* to, int64_t row, int64_t first, int64_t columns) const {
-    const float scale = scales[scale_for_each ? row : 0];
-    for (int64_t n = 0; n < columns; ++n) {
-      const int64_t at = first + n;
-      const float sum = static_cast<float>(sums[n] - zero_point * weight_sums[at]);
-      to[n] = sum * (scale * weight_scales[at]) + (biases ? biases[at] : 0.0f);
-    }
-  }
-};
-
 // One of the weights that the same levels are multiplied with.
 struct Int8Product {
   const int8_t* weights;
@@ -73,14 +53,11 @@ struct Int8Product {
 
   // Columns `first` to `first + 63` for `count` rows from `row` on.
   template <typename T>
-  void tile(const uint8_t* x, int64_t in_features, int64_t row, int64_t count, int64_t first, int32_t* sums) const {
-    const int64_t columns = std::min(kTile, out_features - first);
+  void tile(const uint8_t* x, int64_t in_features, int64_t row, int64_t count, int64_t first, bool stream, int32_t* sums) const {
     brgemm(count, kTile, in_features, in_features, kTile, kTile, false,
            x + row * in_features, weights + first * in_features, sums);
-    for (int64_t r = 0; r < count; ++r) {
-      T* to = static_cast<T*>(out) + (row + r) * out_features + first;
-      finish(sums + r * kTile, to, row + r, first, columns);
-    }
+    T* to = static_cast<T*>(out) + row * out_features + first;
+    finish(sums, to, out_features, row, count, first, std::min(kTile, out_features - first), stream);
   }
 };
 
@@ -90,20 +67,25 @@ void int8_tiles(const at::Tensor& levels, const std::vector<Int8Product>& produc
   const int64_t rows = levels.numel() / in_features;
   const uint8_t* x = levels.const_data_ptr<uint8_t>();
   std::vector<std::pair<const Int8Product*, int64_t>> tiles; // and their first columns
+  bool stream = !products.empty();
   for (const auto& product : products) {
     for (int64_t n = 0; n < product.tiles(); ++n) tiles.emplace_back(&product, n * kTile);
+    stream = stream && streams(static_cast<const T*>(product.out), rows, product.out_features);
   }
   const int64_t total = static_cast<int64_t>(tiles.size());
-  at::parallel_for(0, total, kTilesPerTask, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = (rows + kRowsPerCall - 1) / kRowsPerCall;
+  // A group of tiles stays in the cache for all blocks of rows, and a block for the tiles of a group.
+  at::parallel_for(0, total * blocks, kTilesPerGroup, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> sums(std::min(rows, kRowsPerCall) * kTile);
-    for (int64_t task = begin; task < end; task += kTilesPerTask) {
-      for (int64_t row = 0; row < rows; row += kRowsPerCall) {
-        const int64_t count = std::min(kRowsPerCall, rows - row);
-        for (int64_t n = task; n < std::min(task + kTilesPerTask, end); ++n) {
-          tiles[n].first->tile<T>(x, in_features, row, count, tiles[n].second, sums.data());
-        }
-      }
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / (kTilesPerGroup * blocks) * kTilesPerGroup; // its first tile
+      const int64_t width = std::min(kTilesPerGroup, total - group);
+      const int64_t place = task - group * blocks;
+      const int64_t row = place / width * kRowsPerCall;
+      const auto& [product, first] = tiles[group + place % width];
+      product->template tile<T>(x, in_features, row, std::min(kRowsPerCall, rows - row), first, stream, sums.data());
     }
+    end_of_stream();
     at::native::cpublas::brgemm_release();
   });
 }
@@ -254,7 +236,7 @@ struct Logits {
     }
     const auto* b = reinterpret_cast<const BFloat16*>(packed.data());
     const int64_t tiles = (out_features + kTile - 1) / kTile;
-    at::parallel_for(0, tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, tiles, kTilesPerGroup, [&](int64_t begin, int64_t end) {
       std::vector<float> sums(kTile * wide);
       for (int64_t first = begin * kTile; first < std::min(end * kTile, out_features);
            first += kTile) {
@@ -272,7 +254,7 @@ struct Logits {
 
   // Tile by tile the weight is brought into B's layout, and all rows are multiplied with it.
   void of_many_rows() const {
-    const int64_t width = kTile * kTilesPerTask;
+    const int64_t width = kTile * kTilesPerGroup;
     at::parallel_for(0, (out_features + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
       std::vector<uint32_t> packed(pairs() * width);
       std::vector<float> sums(kRowsPerCall * kTile);

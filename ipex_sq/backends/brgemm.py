@@ -19,7 +19,8 @@ from ipex_sq.system import cache_directory, cpu_flags, usable_flags
 logger = logging.getLogger(__name__)
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("brgemm.cpp", "attention.cpp"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("softmax.h", "step_attention.h"))
+_HEADERS = ("softmax.h", "step_attention.h", "tile_output.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in _HEADERS)
 MOST_ROWS = 32
 """That `int8_rows` is used for in the place of oneDNN: a step of generation of so many texts."""
 

@@ -22,6 +22,9 @@ from ipex_sq.system import usable_flags
 SHAPES = [(8, 16), (65, 100), (192, 576)]
 """Less than a tile, a tile and a broken one, a real model's."""
 
+BEYOND_CACHES = 64 << 20
+"""Bytes from which outputs are streamed: `kBeyondCaches`."""
+
 pytestmark = pytest.mark.skipif(
     "avx512_vnni" not in usable_flags(), reason="the CPU has no AVX512-VNNI"
 )
@@ -139,6 +142,18 @@ def test_rows_alone_multiply_any_number_of_them(shape, biased, dtype):
     restored.output_dtype = dtype
     assert restored.packed is None
     assert torch.equal(restored(x), found)
+
+
+@pytest.mark.parametrize("width", [16384, 16390])
+def test_outputs_beyond_caches_are_those_of_their_parts(width):
+    rows, features = 1100, 64
+    linear, _ = _linear((width, features), biased=True, dtype=torch.float32)
+    assert linear.only_rows()
+    linear.set_input(None, None)
+    x = torch.randn(rows, features)
+    parts = torch.cat([linear(part) for part in x.split(100)])
+    assert parts.nbytes >= BEYOND_CACHES > parts.nbytes // 11  # only the whole is streamed
+    torch.testing.assert_close(linear(x), parts, rtol=0, atol=0)
 
 
 def test_a_weight_that_is_not_int8_is_refused():

@@ -1,0 +1,100 @@
+// int8 sums that brgemm leaves for one tile of 64 columns, scaled, to rows in memory.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace ipex_sq {
+
+using at::BFloat16;
+using Floats = at::vec::Vectorized<float>;
+using Integers = at::vec::Vectorized<int32_t>;
+
+constexpr int64_t kTile = 64; // columns of one call of brgemm
+constexpr int64_t kVector = 16; // words of 32 bits in a register
+constexpr int64_t kVectors = kTile / kVector;
+constexpr int64_t kLine = 64; // bytes that memory is written in
+constexpr int64_t kBeyondCaches = int64_t(64) << 20; // bytes
+
+// Whether rows of `width` numbers are written past the caches. An output that no cache holds would
+// be read from memory line by line before it is written over.
+inline bool streams(const float* to, int64_t rows, int64_t width) {
+  const int64_t bytes = width * static_cast<int64_t>(sizeof(float));
+  return rows * bytes >= kBeyondCaches && bytes % kLine == 0 && reinterpret_cast<uintptr_t>(to) % kLine == 0;
+}
+
+inline bool streams(const BFloat16*, int64_t, int64_t) {
+  return false; // only logits are so large, and they are fp32
+}
+
+// To be called by every thread that has streamed, before others read.
+inline void end_of_stream() {
+  _mm_sfence();
+}
+
+inline void write_vector(float* to, Floats x, int64_t count, bool stream) {
+  if (count == kVector && stream) {
+    _mm512_stream_ps(to, x);
+  } else {
+    x.store(to, static_cast<int>(count));
+  }
+}
+
+// The first `columns` of a row, at most 64.
+inline void write_row(float* to, const Floats (&row)[kVectors], int64_t columns, bool stream) {
+  for (int64_t v = 0; v < kVectors; ++v) {
+    const int64_t count = std::min(kVector, columns - v * kVector);
+    if (count > 0) write_vector(to + v * kVector, row[v], count, stream);
+  }
+}
+
+inline void write_row(BFloat16* to, const Floats (&row)[kVectors], int64_t columns, bool) {
+  for (int64_t v = 0; v < kVectors; v += 2) {
+    const int64_t count = std::min(2 * kVector, columns - v * kVector);
+    if (count <= 0) return;
+    const auto both = at::vec::convert_from_float<BFloat16>(row[v], row[v + 1]);
+    both.store(to + v * kVector, static_cast<int>(count));
+  }
+}
+
+// Sums of one tile in int32 to outputs: y = (sum - zero_point * row sum) * scale + bias.
+struct Epilogue {
+  int32_t zero_point;
+  const float* scales; // of the rows
+  bool scale_for_each; // or one for all
+  const int32_t* weight_sums;
+  const float* weight_scales;
+  const float* biases;
+
+  // `count` rows from `row` on, of the columns from `first` on; `to` is where the first one goes.
+  template <typename T>
+  void operator()(const int32_t* sums, T* to, int64_t stride, int64_t row, int64_t count, int64_t first, int64_t columns, bool stream) const {
+    Integers offset[kVectors];
+    Floats scale[kVectors], bias[kVectors];
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t at = first + v * kVector;
+      const int64_t valid = std::clamp<int64_t>(columns - v * kVector, 0, kVector);
+      offset[v] = Integers::loadu(weight_sums + at, valid) * Integers(zero_point);
+      scale[v] = Floats::loadu(weight_scales + at, valid);
+      bias[v] = biases ? Floats::loadu(biases + at, valid) : Floats(0.0f);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const Floats of_row(scales[scale_for_each ? row + r : 0]);
+      Floats out[kVectors];
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const Integers sum = Integers::loadu(sums + r * kTile + v * kVector) - offset[v];
+        out[v] = at::vec::fmadd(Floats(_mm512_cvtepi32_ps(sum)), of_row * scale[v], bias[v]);
+      }
+      write_row(to + r * stride, out, columns, stream);
+    }
+  }
+};
+
+} // namespace ipex_sq
