@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -28,6 +29,7 @@ using at::native::cpublas::brgemm;
 constexpr int64_t kTilesPerGroup = 4; // their results are 1 KiB of a row of logits
 constexpr int64_t kRowsPerCall = 64;
 constexpr int64_t kFewRows = 32;     // from here on it pays to bring the weight into B's layout
+constexpr float kMaximum = 255;      // of a level
 constexpr float kTokenMaximum = 127; // levels on either side of
 constexpr int32_t kTokenZero = 128;
 
@@ -194,6 +196,74 @@ std::tuple<at::Tensor, at::Tensor> round_tokens(const at::Tensor& x, const at::T
   return {levels, scales};
 }
 
+// Levels around a zero point. A function of its own: see `dot`.
+template <typename T>
+void static_row(const T* x, const float* multiplier, float zero_point, uint8_t* to, int64_t size) {
+  for (int64_t k = 0; k < size; ++k) {
+    const float level = std::nearbyint(static_cast<float>(x[k]) * multiplier[k]) + zero_point;
+    to[k] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(level, 0.0f), kMaximum)));
+  }
+}
+
+// Channels with further parts: what the parts before each copy do not hold.
+struct Copies {
+  const int64_t* channels;
+  const float* held_low;
+  const float* held_high;
+  int64_t count;
+
+  template <typename T>
+  void row(const T* x, const float* multiplier, float zero_point, uint8_t* to) const {
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t channel = channels[n];
+      const float all = std::nearbyint(static_cast<float>(x[channel]) * multiplier[channel]);
+      const float rest = all - std::min(std::max(all, held_low[n]), held_high[n]);
+      to[n] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(rest + zero_point, 0.0f), kMaximum)));
+    }
+  }
+};
+
+template <typename T>
+void static_rows(const at::Tensor& x, const at::Tensor& multiplier, float zero_point, const Copies& copies, at::Tensor& levels) {
+  const int64_t size = x.size(-1), width = levels.size(-1);
+  const T* from = x.const_data_ptr<T>();
+  const float* factors = multiplier.const_data_ptr<float>();
+  uint8_t* to = levels.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, x.numel() / size, kRowsPerCall, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      static_row(from + row * size, factors, zero_point, to + row * width, size);
+      copies.row(from + row * size, factors, zero_point, to + row * width + size);
+    }
+  });
+}
+
+// x [..., in] fp32 or bf16; multiplier [in] fp32; channels [copies] int64 with what their parts hold
+// [copies] fp32, or none; returns levels [..., in + copies] uint8.
+at::Tensor round_static(
+    const at::Tensor& x,
+    const at::Tensor& multiplier,
+    const at::Tensor& zero_point,
+    const std::optional<at::Tensor>& channels,
+    const std::optional<at::Tensor>& held_low,
+    const std::optional<at::Tensor>& held_high) {
+  check(x, multiplier.numel());
+  TORCH_CHECK(channels.has_value() == held_low.has_value() && channels.has_value() == held_high.has_value(),
+              "channels come with what their parts hold");
+  Copies copies{};
+  if (channels) {
+    copies = {channels->const_data_ptr<int64_t>(), held_low->const_data_ptr<float>(),
+              held_high->const_data_ptr<float>(), channels->numel()};
+  }
+  auto levels = empty_output(x, x.size(-1) + copies.count, at::kByte);
+  const auto zero = static_cast<float>(*zero_point.const_data_ptr<int32_t>());
+  if (x.scalar_type() == at::kBFloat16) {
+    static_rows<BFloat16>(x, multiplier, zero, copies, levels);
+  } else {
+    static_rows<float>(x, multiplier, zero, copies, levels);
+  }
+  return levels;
+}
+
 // One row of logits reads the weight once, as it is. A function of its own: inside a lambda the
 // compiler does not vectorize it. w holds the bits of bf16.
 float dot(const float* x, const uint16_t* w, int64_t size) {
@@ -339,6 +409,10 @@ TORCH_LIBRARY_FRAGMENT(ipex_sq, library) {
       "ScalarType dtype) -> Tensor[]");
   library.impl("int8_rows_together", torch::dispatch(c10::DispatchKey::CPU, int8_rows_together));
   library.def("round_tokens(Tensor x, Tensor multiplier, float least) -> (Tensor, Tensor)");
+  library.def(
+      "round_static(Tensor x, Tensor multiplier, Tensor zero_point, Tensor? channels, "
+      "Tensor? held_low, Tensor? held_high) -> Tensor");
+  library.impl("round_static", torch::dispatch(c10::DispatchKey::CPU, round_static));
   library.impl("round_tokens", torch::dispatch(c10::DispatchKey::CPU, round_tokens));
   library.def("bf16_logits(Tensor x, Tensor weight) -> Tensor");
   library.impl("bf16_logits", torch::dispatch(c10::DispatchKey::CPU, bf16_logits));

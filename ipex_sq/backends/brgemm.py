@@ -75,6 +75,7 @@ def _registered() -> bool:
     torch.library.register_fake("ipex_sq::int8_rows", _shape_of_rows)
     torch.library.register_fake("ipex_sq::int8_rows_together", _shapes_of_rows)
     torch.library.register_fake("ipex_sq::round_tokens", _shape_of_tokens)
+    torch.library.register_fake("ipex_sq::round_static", _shape_of_levels)
     torch.library.register_fake("ipex_sq::bf16_logits", _shape_of_logits)
     torch.library.register_fake("ipex_sq::short_attention", _shape_of_attention)
     torch.library.register_autograd(
@@ -167,6 +168,19 @@ def _shape_of_tokens(x: Tensor, multiplier: Tensor, least: float) -> tuple[Tenso
     del multiplier, least
     scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return torch.empty_like(x, dtype=torch.uint8), scales
+
+
+def _shape_of_levels(
+    x: Tensor,
+    multiplier: Tensor,
+    zero_point: Tensor,
+    channels: Tensor | None,
+    held_low: Tensor | None,
+    held_high: Tensor | None,
+) -> Tensor:
+    del multiplier, zero_point, held_low, held_high
+    copies = 0 if channels is None else channels.shape[0]
+    return x.new_empty((*x.shape[:-1], x.shape[-1] + copies), dtype=torch.uint8)
 
 
 def _shape_of_logits(x: Tensor, weight: Tensor) -> Tensor:

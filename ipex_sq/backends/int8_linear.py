@@ -1,8 +1,4 @@
-"""An int8 Linear on stock PyTorch's oneDNN operator: AMX, AVX512-VNNI or AVX2-VNNI, no tracing.
-
-Inductor lowers the oneDNN operator by itself only where weights are constants of the graph, which
-one graph shared by all layers cannot have; wrapped in an operator of our own it is left alone.
-"""
+"""An int8 Linear: how its input is rounded, its weight as kernels want it, which kernel runs."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ipex_sq.backends import onednn_linear  # noqa: F401, its operator
 from ipex_sq.backends.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
@@ -26,50 +23,6 @@ from ipex_sq.recipe.splitting import append_copies, before_parts, number_of_part
 STORED_INPUT = ("multiplier", "channels", "input_scale", "input_zero_point")
 INPUT_BUFFERS = (*STORED_INPUT, "held_low", "held_high")
 """What `Int8Linear.set_input` sets: the same for all readers of a tensor."""
-
-_LIBRARY = torch.library.Library("ipex_sq", "DEF")
-_LIBRARY.define(
-    "int8_linear(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor packed, Tensor scale, "
-    "Tensor zero_points, Tensor? bias, ScalarType dtype, int out_features) -> Tensor"
-)
-
-
-def _run(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_points: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    out_features: int,
-) -> Tensor:
-    del out_features
-    output: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
-        x, x_scale, x_zero_point, packed, scale, zero_points, bias, 1.0, 0, dtype, "none", [], ""
-    )
-    return output
-
-
-# The packed weight lives under the Mkldnn key and x under CPU: one kernel serves any mixture.
-_LIBRARY.impl("int8_linear", _run, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ipex_sq::int8_linear", lib=_LIBRARY)
-def _shape(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_points: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    out_features: int,
-) -> Tensor:
-    del x_scale, x_zero_point, packed, scale, zero_points, bias
-    return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
 
 
 class Int8Linear(nn.Module):
@@ -245,6 +198,13 @@ class Int8Linear(nn.Module):
         return (product if self.bias is None else product + self.bias).to(self.output_dtype)
 
     def _round(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.compiler.is_compiling() and brgemm_built():
+            copies = self.channels, self.held_low, self.held_high
+            rounded: Tensor = torch.ops.ipex_sq.round_static(
+                x.contiguous(), self.multiplier, self.input_zero_point, *copies
+            )
+            return rounded, self.input_scale
+        # Where a compiler fuses them with what wrote x, these cost less than that one pass.
         levels = self._cut_off(torch.round(x.float() * self.multiplier))
         if self.channels is not None:
             # As `append_rest`, in bytes: as floats, all of x would be written twice.

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ipex_sq.backends import brgemm
+from ipex_sq.backends import brgemm, int8_linear
 from ipex_sq.backends.brgemm import MOST_ROWS, brgemm_built
 from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.recipe.plan import PreScale
@@ -154,6 +154,22 @@ def test_outputs_beyond_caches_are_those_of_their_parts(width):
     parts = torch.cat([linear(part) for part in x.split(100)])
     assert parts.nbytes >= BEYOND_CACHES > parts.nbytes // 11  # only the whole is streamed
     torch.testing.assert_close(linear(x), parts, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("channels", [None, [3, 3, 3, 70, 190, 190, 191, 191]])
+def test_static_rounding_in_one_pass_is_that_of_the_formula(channels, dtype, monkeypatch):
+    copies = None if channels is None else torch.tensor(channels)
+    width = 192 + (0 if channels is None else len(channels))
+    linear, _ = _linear((65, width), biased=True, dtype=torch.float32)
+    linear.set_input(ActivationQParams(0.03, 100), PreScale(torch.rand(192) + 0.5, copies))
+    x = torch.randn(3, 50, 192) * 4  # some beyond the range, more of them in channels with parts
+    x[..., [3, 190]] *= 8
+    x = x.to(dtype)
+    found, of_any_layout = linear(x), linear(x[:, ::2])
+    monkeypatch.setattr(int8_linear, "brgemm_built", lambda: False)
+    assert torch.equal(found, linear(x))
+    assert torch.equal(of_any_layout, found[:, ::2])
 
 
 def test_a_weight_that_is_not_int8_is_refused():
