@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -92,6 +93,25 @@ void int8_tiles(const at::Tensor& levels, const std::vector<Int8Product>& produc
   });
 }
 
+Epilogue epilogue(
+    const at::Tensor& levels,
+    const at::Tensor& input_scale,
+    const at::Tensor& input_zero_point,
+    const at::Tensor& weight_sums,
+    const at::Tensor& weight_scale,
+    const std::optional<at::Tensor>& bias) {
+  const bool scale_for_each = input_scale.numel() > 1;
+  TORCH_CHECK(!scale_for_each || input_scale.numel() * levels.size(-1) == levels.numel(),
+              "one scale, or one for each row");
+  TORCH_CHECK(input_scale.is_contiguous(), "scales must be contiguous");
+  return {*input_zero_point.const_data_ptr<int32_t>(),
+          input_scale.const_data_ptr<float>(),
+          scale_for_each,
+          weight_sums.const_data_ptr<int32_t>(),
+          weight_scale.const_data_ptr<float>(),
+          bias ? bias->const_data_ptr<float>() : nullptr};
+}
+
 // levels [..., in] uint8; input_scale one fp32 number or [..., 1]; of each of the weights packed
 // [out / 64, in / 4, 64, 4] int8, its rows' sums [out] int32, scale and bias [out] fp32; returns for
 // each [..., out] fp32 or bf16.
@@ -104,25 +124,15 @@ std::vector<at::Tensor> int8_rows_together(
     at::TensorList weight_scales,
     const c10::List<std::optional<at::Tensor>>& biases,
     at::ScalarType dtype) {
-  const bool scale_for_each = input_scale.numel() > 1;
-  TORCH_CHECK(!scale_for_each || input_scale.numel() * levels.size(-1) == levels.numel(),
-              "one scale, or one for each row");
-  TORCH_CHECK(input_scale.is_contiguous(), "scales must be contiguous");
   TORCH_CHECK(packed.size() == weight_sums.size() && packed.size() == weight_scales.size() && packed.size() == biases.size(),
               "sums, a scale and a bias or none for each weight");
   std::vector<at::Tensor> outputs;
   std::vector<Int8Product> products;
   for (size_t n = 0; n < packed.size(); ++n) {
     check(levels, packed[n].size(1) * packed[n].size(3));
-    const std::optional<at::Tensor> bias = biases.get(n);
     outputs.push_back(empty_output(levels, weight_scales[n].size(0), dtype));
-    const Epilogue finish{
-        *input_zero_point.const_data_ptr<int32_t>(),
-        input_scale.const_data_ptr<float>(),
-        scale_for_each,
-        weight_sums[n].const_data_ptr<int32_t>(),
-        weight_scales[n].const_data_ptr<float>(),
-        bias ? bias->const_data_ptr<float>() : nullptr};
+    const Epilogue finish =
+        epilogue(levels, input_scale, input_zero_point, weight_sums[n], weight_scales[n], biases.get(n));
     products.push_back({packed[n].const_data_ptr<int8_t>(), finish, outputs[n].mutable_data_ptr(), outputs[n].size(-1)});
   }
   if (dtype == at::kBFloat16) {
@@ -148,6 +158,31 @@ at::Tensor int8_rows(
   biases.push_back(bias);
   return int8_rows_together(
       levels, input_scale, input_zero_point, packed, weight_sums, weight_scale, biases, dtype)[0];
+}
+
+// `int8_rows` whose output, of `dtype`, goes through an activation, "relu" or "gelu" (with erf), times
+// the multiplier [out] fp32, to levels around the next zero point; returns these, [..., out] uint8.
+at::Tensor int8_rows_levels(
+    const at::Tensor& levels,
+    const at::Tensor& input_scale,
+    const at::Tensor& input_zero_point,
+    const at::Tensor& packed,
+    const at::Tensor& weight_sums,
+    const at::Tensor& weight_scale,
+    const std::optional<at::Tensor>& bias,
+    at::ScalarType dtype,
+    std::string_view activation,
+    const at::Tensor& multiplier,
+    const at::Tensor& zero_point) {
+  TORCH_CHECK(activation == "relu" || activation == "gelu", "an activation that is relu or gelu");
+  TORCH_CHECK(multiplier.numel() == weight_scale.size(0), "a factor for each column");
+  check(levels, packed.size(1) * packed.size(3));
+  auto output = empty_output(levels, weight_scale.size(0), at::kByte);
+  Epilogue finish = epilogue(levels, input_scale, input_zero_point, weight_sums, weight_scale, bias);
+  finish.rounding = {dtype == at::kBFloat16, activation == "gelu", multiplier.const_data_ptr<float>(),
+                     static_cast<float>(*zero_point.const_data_ptr<int32_t>())};
+  int8_tiles<uint8_t>(levels, {{packed.const_data_ptr<int8_t>(), finish, output.mutable_data_ptr(), output.size(-1)}});
+  return output;
 }
 
 // One row of x times the multiplier, rounded around 128 by its absmax / 127; returns that scale. The
@@ -408,6 +443,11 @@ TORCH_LIBRARY_FRAGMENT(ipex_sq, library) {
       "Tensor[] packed, Tensor[] weight_sums, Tensor[] weight_scales, Tensor?[] biases, "
       "ScalarType dtype) -> Tensor[]");
   library.impl("int8_rows_together", torch::dispatch(c10::DispatchKey::CPU, int8_rows_together));
+  library.def(
+      "int8_rows_levels(Tensor levels, Tensor input_scale, Tensor input_zero_point, Tensor packed, "
+      "Tensor weight_sums, Tensor weight_scale, Tensor? bias, ScalarType dtype, str activation, "
+      "Tensor multiplier, Tensor zero_point) -> Tensor");
+  library.impl("int8_rows_levels", torch::dispatch(c10::DispatchKey::CPU, int8_rows_levels));
   library.def("round_tokens(Tensor x, Tensor multiplier, float least) -> (Tensor, Tensor)");
   library.def(
       "round_static(Tensor x, Tensor multiplier, Tensor zero_point, Tensor? channels, "

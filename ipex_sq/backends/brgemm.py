@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ipex_sq.system import cache_directory, cpu_flags, usable_flags
+from ipex_sq.system import cache_directory, cpu_flags, int8_isa, usable_flags
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def _registered() -> bool:
         return False
     torch.library.register_fake("ipex_sq::int8_rows", _shape_of_rows)
     torch.library.register_fake("ipex_sq::int8_rows_together", _shapes_of_rows)
+    torch.library.register_fake("ipex_sq::int8_rows_levels", _shape_of_next_levels)
     torch.library.register_fake("ipex_sq::round_tokens", _shape_of_tokens)
     torch.library.register_fake("ipex_sq::round_static", _shape_of_levels)
     torch.library.register_fake("ipex_sq::bf16_logits", _shape_of_logits)
@@ -103,6 +104,15 @@ def _build(folder: Path) -> None:
             is_python_module=False,
         )
         (folder / _BUILT).touch()  # the library itself may be half of one
+
+
+def rows_everywhere() -> bool:
+    """Whether products of many rows run on brgemm too, in the place of oneDNN's own.
+
+    It multiplies as fast with AVX512-VNNI, one layout serves prompts and steps, and what the next
+    Linear does first is done as outputs are written. With AMX it has not been measured.
+    """
+    return int8_isa() == "AVX512-VNNI" and brgemm_built()
 
 
 def unpack_rows(packed: Tensor, out_features: int) -> Tensor:
@@ -147,6 +157,11 @@ def _shape_of_rows(
 ) -> Tensor:
     del input_scale, input_zero_point, packed, weight_sums, bias
     return levels.new_empty((*levels.shape[:-1], weight_scale.shape[0]), dtype=dtype)
+
+
+def _shape_of_next_levels(levels: Tensor, *rest: Any) -> Tensor:
+    *_, multiplier, _ = rest
+    return levels.new_empty((*levels.shape[:-1], multiplier.shape[0]))
 
 
 def _shapes_of_rows(

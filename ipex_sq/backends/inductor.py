@@ -1,4 +1,4 @@
-"""Inductor as it compiles layers: attention of its own, shared work once, a fast tanh."""
+"""Inductor as it compiles layers: own attention, shared work once, levels at once, fast tanh."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 
 from ipex_sq.backends import attention
+from ipex_sq.backends.rounded_outputs import rounded_outputs
 
-VERSION = "ipex_sq layers 6"
+VERSION = "ipex_sq layers 7"
 """Part of Inductor's cache key: to be changed with `short_attention` and the passes below."""
 
 _OWN_MEMORY = (torch.ops.aten.empty, torch.ops.aten.clone)
 
 
 class SharedWork(CustomGraphPass):
-    """Lets readers of one tensor share what is the same for all of them."""
+    """Lets readers of a tensor share what is the same for all, and its writer do some of it."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change `graph` in place."""
         every_operation_once(graph)
+        rounded_outputs(graph)
         products_together(graph)
 
     def uuid(self) -> str:

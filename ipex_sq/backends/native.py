@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ipex_sq.backends.base import DTYPES, Backend, Example
+from ipex_sq.backends.brgemm import rows_everywhere
 from ipex_sq.backends.compiling import compile_layers, compiler_problem
 from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
 from ipex_sq.errors import ConfigError
@@ -72,8 +73,8 @@ def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
     head = language_head(model)
     for name, module in lowered.items():
         module.output_dtype = torch.float32 if name == head else DTYPES[dtype]
-        if module.per_token:
-            module.only_rows()  # another pass over the product would scale it
+        if module.per_token or rows_everywhere():
+            module.only_rows()  # of tokens, another pass over the product would scale it
         first = lowered[plan.linears[name].group]
         # The same tensor objects: q, k and v then round their input once in the compiled graph.
         for shared in INPUT_BUFFERS:

@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
+#include <type_traits>
 
 namespace ipex_sq {
 
@@ -64,6 +66,43 @@ inline void write_row(BFloat16* to, const Floats (&row)[kVectors], int64_t colum
   }
 }
 
+inline bool streams(const uint8_t*, int64_t, int64_t) {
+  return false;
+}
+
+// What a Linear does to another's output before it multiplies it: an activation, then rounding to
+// levels around a zero point. In the steps, and with the roundings, of the operators that it replaces.
+struct Rounding {
+  bool narrow; // the output was bf16 between the two
+  bool gelu; // or else ReLU
+  const float* multiplier; // of the columns
+  float zero_point;
+
+  Floats activate(Floats x) const {
+    if (!gelu) return at::vec::maximum(x, Floats(0.0f));
+    return x * Floats(0.5f) * ((x * Floats(0.70710678118654752f)).erf() + Floats(1.0f));
+  }
+
+  // The first `columns` of a row, at most 64; `first` is their place in it.
+  void write(uint8_t* to, Floats (&row)[kVectors], int64_t first, int64_t columns) const {
+    for (int64_t v = 0; v < kVectors; v += 2) {
+      if (narrow) {
+        const auto both = at::vec::convert_from_float<BFloat16>(row[v], row[v + 1]);
+        std::tie(row[v], row[v + 1]) = at::vec::convert_to_float<BFloat16>(both);
+      }
+    }
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t count = std::min(kVector, columns - v * kVector);
+      if (count <= 0) return;
+      const Floats factor = Floats::loadu(multiplier + first + v * kVector, count);
+      const Floats level = (activate(row[v]) * factor).round() + Floats(zero_point);
+      const Floats held = at::vec::minimum(at::vec::maximum(level, Floats(0.0f)), Floats(255.0f));
+      const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+      _mm512_mask_cvtepi32_storeu_epi8(to + v * kVector, mask, _mm512_cvtps_epi32(held));
+    }
+  }
+};
+
 // Sums of one tile in int32 to outputs: y = (sum - zero_point * row sum) * scale + bias.
 struct Epilogue {
   int32_t zero_point;
@@ -72,6 +111,7 @@ struct Epilogue {
   const int32_t* weight_sums;
   const float* weight_scales;
   const float* biases;
+  Rounding rounding{}; // of outputs that are levels
 
   // `count` rows from `row` on, of the columns from `first` on; `to` is where the first one goes.
   template <typename T>
@@ -92,7 +132,11 @@ struct Epilogue {
         const Integers sum = Integers::loadu(sums + r * kTile + v * kVector) - offset[v];
         out[v] = at::vec::fmadd(Floats(_mm512_cvtepi32_ps(sum)), of_row * scale[v], bias[v]);
       }
-      write_row(to + r * stride, out, columns, stream);
+      if constexpr (std::is_same_v<T, uint8_t>) {
+        rounding.write(to + r * stride, out, first, columns);
+      } else {
+        write_row(to + r * stride, out, columns, stream);
+      }
     }
   }
 };

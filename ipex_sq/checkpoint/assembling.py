@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ipex_sq.backends.brgemm import rows_everywhere
 from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.native import NativeBackend, finish_native
 from ipex_sq.checkpoint.integrity import check_folder
@@ -123,7 +124,8 @@ class SavedModel:
             raise self._misfit([f"{name}.weight"])  # oneDNN of torch 2.8 would take it
         try:
             # Packed for both kernels, those per token would be twice in memory for a while.
-            return Int8Linear.restored(tensors, per_token=per_token, only_rows=per_token)
+            only_rows = per_token or rows_everywhere()
+            return Int8Linear.restored(tensors, per_token=per_token, only_rows=only_rows)
         except (KeyError, RuntimeError):
             raise self._misfit([f"{name}.{field}" for field in tensors] or [name]) from None
 

@@ -5,11 +5,13 @@ import torch
 from torch import nn
 
 from ipex_sq import QuantConfig, quantize
+from ipex_sq.backends import native
 from ipex_sq.backends.brgemm import MOST_ROWS
 from ipex_sq.backends.compiling import compile_layers
 from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.models.running import run_model
 from ipex_sq.models.tiny import tiny_model
+from ipex_sq.system import int8_isa
 
 KINDS = 12
 """More than torch.compile's own limit per function, 8, after which it silently stops compiling."""
@@ -54,6 +56,7 @@ def test_other_ways_to_generate_say_the_same(options):
 
 
 def test_generated_tokens_run_the_kernel_of_few_rows(batches, monkeypatch):
+    monkeypatch.setattr(native, "rows_everywhere", lambda: False)  # as with AMX
     called = []
     kept = Int8Linear.keep_rows
     monkeypatch.setattr(Int8Linear, "keep_rows", lambda self: (called.append(self), kept(self))[1])
@@ -65,3 +68,12 @@ def test_generated_tokens_run_the_kernel_of_few_rows(batches, monkeypatch):
     linears = [module for module in model.modules() if isinstance(module, Int8Linear)]
     assert set(map(id, called)) == set(map(id, linears))
     assert all(linear.row_weight is not None for linear in linears)
+
+
+@pytest.mark.skipif(int8_isa() != "AVX512-VNNI", reason="another layout is kept on this CPU")
+def test_prompts_and_steps_share_one_layout_of_the_weights(batches):
+    model = quantize(tiny_model("llama"), batches, QuantConfig(backend="native"))
+    _generate(model, torch.arange(3, 12)[None].repeat(2, 1))
+    linears = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    assert linears
+    assert all(item.packed is None and item.row_weight is not None for item in linears)
