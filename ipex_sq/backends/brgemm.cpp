@@ -15,101 +15,54 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
-#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "tile_output.h"
+#include "int8_product.h"
 
 namespace {
 
 using namespace ipex_sq;
 using at::native::cpublas::brgemm;
 
-constexpr int64_t kTilesPerGroup = 4; // their results are 1 KiB of a row of logits
-constexpr int64_t kRowsPerCall = 64;
 constexpr int64_t kFewRows = 32;     // from here on it pays to bring the weight into B's layout
 constexpr float kMaximum = 255;      // of a level
 constexpr float kTokenMaximum = 127; // levels on either side of
 constexpr int32_t kTokenZero = 128;
 
-void check(const at::Tensor& x, int64_t in_features) {
-  TORCH_CHECK(x.size(-1) == in_features, "input and weight differ in width");
-  TORCH_CHECK(x.is_contiguous(), "the input must be contiguous");
-}
-
-at::Tensor empty_output(const at::Tensor& x, int64_t out_features, at::ScalarType dtype) {
-  auto sizes = x.sizes().vec();
-  sizes.back() = out_features;
-  return at::empty(sizes, x.options().dtype(dtype));
-}
-
-// One of the weights that the same levels are multiplied with.
-struct Int8Product {
-  const int8_t* weights;
-  Epilogue finish;
-  void* out; // of the type that was asked for
-  int64_t out_features;
-
-  int64_t tiles() const { return (out_features + kTile - 1) / kTile; }
-
-  // Columns `first` to `first + 63` for `count` rows from `row` on.
-  template <typename T>
-  void tile(const uint8_t* x, int64_t in_features, int64_t row, int64_t count, int64_t first, bool stream, int32_t* sums) const {
-    brgemm(count, kTile, in_features, in_features, kTile, kTile, false,
-           x + row * in_features, weights + first * in_features, sums);
-    T* to = static_cast<T*>(out) + row * out_features + first;
-    finish(sums, to, out_features, row, count, first, std::min(kTile, out_features - first), stream);
-  }
+// One of the weights that the same levels are multiplied with, and its output of the type that was
+// asked for.
+struct Product {
+  Int8Weight weight;
+  void* out;
 };
 
 template <typename T>
-void int8_tiles(const at::Tensor& levels, const std::vector<Int8Product>& products) {
+void int8_tiles(const at::Tensor& levels, const std::vector<Product>& products) {
   const int64_t in_features = levels.size(-1);
   const int64_t rows = levels.numel() / in_features;
   const uint8_t* x = levels.const_data_ptr<uint8_t>();
-  std::vector<std::pair<const Int8Product*, int64_t>> tiles; // and their first columns
+  std::vector<std::pair<const Product*, int64_t>> tiles; // and their first columns
   bool stream = !products.empty();
   for (const auto& product : products) {
-    for (int64_t n = 0; n < product.tiles(); ++n) tiles.emplace_back(&product, n * kTile);
-    stream = stream && streams(static_cast<const T*>(product.out), rows, product.out_features);
+    const Int8Weight& weight = product.weight;
+    for (int64_t n = 0; n < weight.tiles(); ++n) tiles.emplace_back(&product, n * kTile);
+    stream = stream && streams(static_cast<const T*>(product.out), rows, weight.out_features);
   }
-  const int64_t total = static_cast<int64_t>(tiles.size());
-  const int64_t blocks = (rows + kRowsPerCall - 1) / kRowsPerCall;
-  // A group of tiles stays in the cache for all blocks of rows, and a block for the tiles of a group.
-  at::parallel_for(0, total * blocks, kTilesPerGroup, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> sums(std::min(rows, kRowsPerCall) * kTile);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / (kTilesPerGroup * blocks) * kTilesPerGroup; // its first tile
-      const int64_t width = std::min(kTilesPerGroup, total - group);
-      const int64_t place = task - group * blocks;
-      const int64_t row = place / width * kRowsPerCall;
-      const auto& [product, first] = tiles[group + place % width];
-      product->template tile<T>(x, in_features, row, std::min(kRowsPerCall, rows - row), first, stream, sums.data());
+  over_tiles(tiles.size(), rows, 1, [&](int64_t tile, Rows block, int32_t* sums) {
+    const auto& [product, first] = tiles[tile];
+    const Int8Weight& weight = product->weight;
+    weight.sum(x, in_features, block, first, sums);
+    const int64_t columns = weight.columns(first);
+    const TileScaling scale(weight.scaling, first, columns);
+    T* to = static_cast<T*>(product->out) + block.first * weight.out_features + first;
+    Floats outputs[kVectors];
+    for (int64_t r = 0; r < block.count; ++r) {
+      scale(sums + r * kTile, block.first + r, outputs);
+      write_row(to + r * weight.out_features, outputs, columns, stream);
     }
-    end_of_stream();
-    at::native::cpublas::brgemm_release();
   });
-}
-
-Epilogue epilogue(
-    const at::Tensor& levels,
-    const at::Tensor& input_scale,
-    const at::Tensor& input_zero_point,
-    const at::Tensor& weight_sums,
-    const at::Tensor& weight_scale,
-    const std::optional<at::Tensor>& bias) {
-  const bool scale_for_each = input_scale.numel() > 1;
-  TORCH_CHECK(!scale_for_each || input_scale.numel() * levels.size(-1) == levels.numel(),
-              "one scale, or one for each row");
-  TORCH_CHECK(input_scale.is_contiguous(), "scales must be contiguous");
-  return {*input_zero_point.const_data_ptr<int32_t>(),
-          input_scale.const_data_ptr<float>(),
-          scale_for_each,
-          weight_sums.const_data_ptr<int32_t>(),
-          weight_scale.const_data_ptr<float>(),
-          bias ? bias->const_data_ptr<float>() : nullptr};
 }
 
 // levels [..., in] uint8; input_scale one fp32 number or [..., 1]; of each of the weights packed
@@ -127,13 +80,11 @@ std::vector<at::Tensor> int8_rows_together(
   TORCH_CHECK(packed.size() == weight_sums.size() && packed.size() == weight_scales.size() && packed.size() == biases.size(),
               "sums, a scale and a bias or none for each weight");
   std::vector<at::Tensor> outputs;
-  std::vector<Int8Product> products;
+  std::vector<Product> products;
   for (size_t n = 0; n < packed.size(); ++n) {
-    check(levels, packed[n].size(1) * packed[n].size(3));
-    outputs.push_back(empty_output(levels, weight_scales[n].size(0), dtype));
-    const Epilogue finish =
-        epilogue(levels, input_scale, input_zero_point, weight_sums[n], weight_scales[n], biases.get(n));
-    products.push_back({packed[n].const_data_ptr<int8_t>(), finish, outputs[n].mutable_data_ptr(), outputs[n].size(-1)});
+    const Int8Weight weight(levels, input_scale, input_zero_point, packed[n], weight_sums[n], weight_scales[n], biases.get(n));
+    outputs.push_back(empty_output(levels, weight.out_features, dtype));
+    products.push_back({weight, outputs[n].mutable_data_ptr()});
   }
   if (dtype == at::kBFloat16) {
     int8_tiles<BFloat16>(levels, products);
@@ -158,31 +109,6 @@ at::Tensor int8_rows(
   biases.push_back(bias);
   return int8_rows_together(
       levels, input_scale, input_zero_point, packed, weight_sums, weight_scale, biases, dtype)[0];
-}
-
-// `int8_rows` whose output, of `dtype`, goes through an activation, "relu" or "gelu" (with erf), times
-// the multiplier [out] fp32, to levels around the next zero point; returns these, [..., out] uint8.
-at::Tensor int8_rows_levels(
-    const at::Tensor& levels,
-    const at::Tensor& input_scale,
-    const at::Tensor& input_zero_point,
-    const at::Tensor& packed,
-    const at::Tensor& weight_sums,
-    const at::Tensor& weight_scale,
-    const std::optional<at::Tensor>& bias,
-    at::ScalarType dtype,
-    std::string_view activation,
-    const at::Tensor& multiplier,
-    const at::Tensor& zero_point) {
-  TORCH_CHECK(activation == "relu" || activation == "gelu", "an activation that is relu or gelu");
-  TORCH_CHECK(multiplier.numel() == weight_scale.size(0), "a factor for each column");
-  check(levels, packed.size(1) * packed.size(3));
-  auto output = empty_output(levels, weight_scale.size(0), at::kByte);
-  Epilogue finish = epilogue(levels, input_scale, input_zero_point, weight_sums, weight_scale, bias);
-  finish.rounding = {dtype == at::kBFloat16, activation == "gelu", multiplier.const_data_ptr<float>(),
-                     static_cast<float>(*zero_point.const_data_ptr<int32_t>())};
-  int8_tiles<uint8_t>(levels, {{packed.const_data_ptr<int8_t>(), finish, output.mutable_data_ptr(), output.size(-1)}});
-  return output;
 }
 
 // One row of x times the multiplier, rounded around 128 by its absmax / 127; returns that scale. The
@@ -443,11 +369,6 @@ TORCH_LIBRARY_FRAGMENT(ipex_sq, library) {
       "Tensor[] packed, Tensor[] weight_sums, Tensor[] weight_scales, Tensor?[] biases, "
       "ScalarType dtype) -> Tensor[]");
   library.impl("int8_rows_together", torch::dispatch(c10::DispatchKey::CPU, int8_rows_together));
-  library.def(
-      "int8_rows_levels(Tensor levels, Tensor input_scale, Tensor input_zero_point, Tensor packed, "
-      "Tensor weight_sums, Tensor weight_scale, Tensor? bias, ScalarType dtype, str activation, "
-      "Tensor multiplier, Tensor zero_point) -> Tensor");
-  library.impl("int8_rows_levels", torch::dispatch(c10::DispatchKey::CPU, int8_rows_levels));
   library.def("round_tokens(Tensor x, Tensor multiplier, float least) -> (Tensor, Tensor)");
   library.def(
       "round_static(Tensor x, Tensor multiplier, Tensor zero_point, Tensor? channels, "

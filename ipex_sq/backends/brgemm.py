@@ -18,8 +18,12 @@ from ipex_sq.system import cache_directory, cpu_flags, int8_isa, usable_flags
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("brgemm.cpp", "attention.cpp"))
-_HEADERS = ("softmax.h", "step_attention.h", "tile_output.h")
+_SOURCES = ("brgemm.cpp", "levels.cpp", "attention.cpp")
+_HEADERS = (
+    *("vectors.h", "tile_output.h", "int8_product.h", "activation.h"),
+    *("softmax.h", "step_attention.h"),
+)
+SOURCES = tuple(Path(__file__).with_name(name) for name in _SOURCES)
 HEADERS = tuple(Path(__file__).with_name(name) for name in _HEADERS)
 MOST_ROWS = 32
 """That `int8_rows` is used for in the place of oneDNN: a step of generation of so many texts."""
@@ -74,7 +78,7 @@ def _registered() -> bool:
         return False
     torch.library.register_fake("ipex_sq::int8_rows", _shape_of_rows)
     torch.library.register_fake("ipex_sq::int8_rows_together", _shapes_of_rows)
-    torch.library.register_fake("ipex_sq::int8_rows_levels", _shape_of_next_levels)
+    torch.library.register_fake("ipex_sq::int8_levels", _shape_of_next_levels)
     torch.library.register_fake("ipex_sq::round_tokens", _shape_of_tokens)
     torch.library.register_fake("ipex_sq::round_static", _shape_of_levels)
     torch.library.register_fake("ipex_sq::bf16_logits", _shape_of_logits)
@@ -160,8 +164,9 @@ def _shape_of_rows(
 
 
 def _shape_of_next_levels(levels: Tensor, *rest: Any) -> Tensor:
-    *_, multiplier, _ = rest
-    return levels.new_empty((*levels.shape[:-1], multiplier.shape[0]))
+    *_, multiplier, _, channels, _, _ = rest
+    copies = 0 if channels is None else channels.shape[0]
+    return levels.new_empty((*levels.shape[:-1], multiplier.shape[0] + copies))
 
 
 def _shapes_of_rows(

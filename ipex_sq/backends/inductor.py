@@ -15,7 +15,7 @@ from torch._inductor.decomposition import select_decomp_table
 from ipex_sq.backends import attention
 from ipex_sq.backends.rounded_outputs import rounded_outputs
 
-VERSION = "ipex_sq layers 7"
+VERSION = "ipex_sq layers 8"
 """Part of Inductor's cache key: to be changed with `short_attention` and the passes below."""
 
 _OWN_MEMORY = (torch.ops.aten.empty, torch.ops.aten.clone)
@@ -26,6 +26,7 @@ class SharedWork(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change `graph` in place."""
+        _without_asserts(graph)
         every_operation_once(graph)
         rounded_outputs(graph)
         products_together(graph)
@@ -33,6 +34,14 @@ class SharedWork(CustomGraphPass):
     def uuid(self) -> str:
         """What the cache key holds: graphs with the kernel cannot be loaded without it."""
         return f"{VERSION}, {'kernel' if attention.has_kernel() else 'matmuls'}"
+
+
+def _without_asserts(graph: fx.Graph) -> None:
+    # torch.export has each cast assert what it casts from, which makes another reader of it.
+    for node in graph.find_nodes(
+        op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
+    ):
+        graph.erase_node(node)
 
 
 def every_operation_once(graph: fx.Graph) -> None:

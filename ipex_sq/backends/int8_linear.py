@@ -25,6 +25,34 @@ INPUT_BUFFERS = (*STORED_INPUT, "held_low", "held_high")
 """What `Int8Linear.set_input` sets: the same for all readers of a tensor."""
 
 
+def static_levels(
+    x: Tensor,
+    multiplier: Tensor,
+    zero_point: Tensor,
+    copies: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Tensor:
+    """Round x `[..., in_features - copies]` to uint8 levels `[..., in_features]`.
+
+    Args:
+        x: Any float.
+        multiplier: See `Int8Linear`.
+        zero_point: As well.
+        copies: Its `channels`, `held_low` and `held_high`, each None without parts.
+    """
+    levels = _cut_off(torch.round(x.float() * multiplier), zero_point)
+    channels, held_low, held_high = copies
+    if channels is None:
+        return levels
+    # As `append_rest`, in bytes: as floats, all of x would be written twice.
+    rest = torch.round(x[..., channels].float() * multiplier[channels])
+    rest = rest - rest.clamp(held_low, held_high)
+    return torch.cat((levels, _cut_off(rest, zero_point)), dim=-1)
+
+
+def _cut_off(levels: Tensor, zero_point: Tensor) -> Tensor:
+    return (levels + zero_point).clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
+
+
 class Int8Linear(nn.Module):
     """A Linear that rounds its input to uint8 and multiplies in int8.
 
@@ -198,24 +226,14 @@ class Int8Linear(nn.Module):
         return (product if self.bias is None else product + self.bias).to(self.output_dtype)
 
     def _round(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        copies = self.channels, self.held_low, self.held_high
         if not torch.compiler.is_compiling() and brgemm_built():
-            copies = self.channels, self.held_low, self.held_high
             rounded: Tensor = torch.ops.ipex_sq.round_static(
                 x.contiguous(), self.multiplier, self.input_zero_point, *copies
             )
             return rounded, self.input_scale
         # Where a compiler fuses them with what wrote x, these cost less than that one pass.
-        levels = self._cut_off(torch.round(x.float() * self.multiplier))
-        if self.channels is not None:
-            # As `append_rest`, in bytes: as floats, all of x would be written twice.
-            copied = x[..., self.channels].float() * self.multiplier[self.channels]
-            rest = torch.round(copied)
-            rest = rest - rest.clamp(self.held_low, self.held_high)
-            levels = torch.cat((levels, self._cut_off(rest)), dim=-1)
-        return levels, self.input_scale
-
-    def _cut_off(self, levels: Tensor) -> Tensor:
-        return (levels + self.input_zero_point).clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
+        return static_levels(x, self.multiplier, self.input_zero_point, copies), self.input_scale
 
     def _round_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         levels: Tensor

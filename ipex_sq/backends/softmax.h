@@ -14,11 +14,12 @@
 #include <optional>
 #include <tuple>
 
+#include "vectors.h"
+
 namespace ipex_sq {
 
 using at::BFloat16;
 
-constexpr int64_t kVector = 16; // fp32 in a register
 constexpr int64_t kKeys = 2 * kVector; // keys come in multiples of this: one register of bf16
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeast = std::numeric_limits<float>::lowest() / 2;
@@ -29,20 +30,6 @@ inline int64_t blocks_of(int64_t n, int64_t size) {
 
 inline __mmask32 first_of(int64_t n) {
   return n < kKeys ? (__mmask32(1) << n) - 1 : ~__mmask32(0);
-}
-
-// 2^x to 3e-6 of itself, of which bf16 keeps 4e-3; below 2^-120 it is 0, and NaN stays. Numbers that
-// are too small to be normal would cost a hundred times as much.
-inline __m512 exp2(__m512 x) {
-  const __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-120.0f), _CMP_NLT_UQ);
-  const __m512 whole = _mm512_maskz_roundscale_ps(some, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 part = _mm512_maskz_sub_ps(some, x, whole); // -0.5 to 0.5
-  __m512 y = _mm512_set1_ps(9.58276e-3f);
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(5.590643e-2f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(2.4024101e-1f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(6.9312419e-1f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(some, y, whole);
 }
 
 // 2^(score * factor - top). The product is rounded as it is in `top`: the largest becomes 1 however

@@ -172,30 +172,6 @@ def test_static_rounding_in_one_pass_is_that_of_the_formula(channels, dtype, mon
     assert torch.equal(of_any_layout, found[:, ::2])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("width", [64, 100, 576])
-def test_levels_for_the_next_product_are_those_of_the_steps(width, activation, dtype):
-    linear, _ = _linear((width, 192), biased=True, dtype=dtype)
-    assert linear.only_rows()
-    linear.set_input(ActivationQParams(0.03, 100), None)
-    following = Int8Linear(torch.ones(8, width, dtype=torch.int8), torch.ones(8), None)
-    following.set_input(ActivationQParams(0.1, 3), PreScale(torch.rand(width) + 0.5))
-    x = torch.randn(3, 50, 192)
-    activate = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}[activation]
-    wanted, _ = following._round(activate(linear(x).float()))
-    levels, scale = linear._round(x)
-    weight = linear.row_weight, linear.row_sums, linear.weight_scale, linear.bias
-    found = torch.ops.ipex_sq.int8_rows_levels(
-        *(levels, scale, linear.input_zero_point, *weight, dtype, activation),
-        *(following.multiplier, following.input_zero_point),
-    )
-    assert wanted.unique().numel() > 100
-    # ReLU is exact. The approximation of erf may take a number to the other side of a half.
-    assert (found.int() - wanted.int()).abs().max() <= (0 if activation == "relu" else 1)
-    assert (found != wanted).float().mean() <= 1e-3
-
-
 def test_a_weight_that_is_not_int8_is_refused():
     linear, weight = _linear((70, 32), biased=False, dtype=torch.float32)
     linear.set_input(None, None)

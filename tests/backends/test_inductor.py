@@ -1,21 +1,10 @@
 """Compiled layers compute once what several readers of a tensor need."""
 
-import pytest
 import torch
-from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ipex_sq.backends.brgemm import brgemm_built, pack_rows, sum_rows
-from ipex_sq.backends.inductor import (
-    SharedWork,
-    every_operation_once,
-    inductor,
-    products_together,
-)
-from ipex_sq.backends.int8_linear import Int8Linear
-from ipex_sq.recipe.plan import PreScale
-from ipex_sq.recipe.qparams import ActivationQParams
-from ipex_sq.system import usable_flags
+from ipex_sq.backends.inductor import every_operation_once, inductor, products_together
 
 
 def _graph(function, *inputs):
@@ -119,91 +108,6 @@ def test_products_of_the_same_levels_are_one_call():
     # Of each of the two inputs the two in fp32 are joined, and the one in bf16 is not.
     assert _count(module, "int8_rows_together") == 2
     assert _count(module, "int8_rows.default") == 2
-
-
-def _two_products(activation, dtype, copies=None):
-    """A block of two int8 Linears, with rows alone, and its input."""
-    torch.manual_seed(0)
-    first = Int8Linear(
-        torch.randint(-127, 128, (96, 64), dtype=torch.int8), torch.rand(96) * 1e-2, torch.randn(96)
-    )
-    count = 0 if copies is None else len(copies)
-    second = Int8Linear(
-        torch.randint(-127, 128, (32, 96 + count), dtype=torch.int8), torch.rand(32) * 1e-2, None
-    )
-    first.set_input(ActivationQParams(0.03, 100), None)
-    second.set_input(ActivationQParams(0.3, 3), PreScale(torch.rand(96) + 0.5, copies))
-    first.output_dtype = second.output_dtype = dtype
-    assert first.only_rows()
-    assert second.only_rows()
-    return nn.Sequential(first, activation, second), torch.randn(5, 7, 64).to(dtype)
-
-
-@pytest.fixture
-def compiled_operators(monkeypatch):
-    """Names of the operators of each graph, after the passes."""
-    torch._dynamo.reset()
-    graphs = []
-    passes = SharedWork.__call__
-
-    def recorded(self, graph):
-        passes(self, graph)
-        graphs.append([str(node.target) for node in graph.nodes])
-
-    monkeypatch.setattr(SharedWork, "__call__", recorded)
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield graphs
-
-
-LEVELS = "ipex_sq.int8_rows_levels.default"
-VNNI = pytest.mark.skipif("avx512_vnni" not in usable_flags(), reason="the CPU has no AVX512-VNNI")
-
-
-@VNNI
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()])
-def test_a_product_gives_the_levels_of_the_next(activation, dtype, compiled_operators):
-    block, x = _two_products(activation, dtype)
-    with torch.inference_mode():
-        found = torch.compile(block, dynamic=True, backend=inductor)(x)
-        wanted = block(x)
-    assert compiled_operators[0].count(LEVELS) == 1
-    assert not any("round" in name for name in compiled_operators[0][-6:])
-    if isinstance(activation, nn.ReLU):
-        assert torch.equal(found, wanted)
-    else:  # eager rounds GELU to bf16, and a step of a level is 0.3
-        assert (found - wanted).norm() <= 0.02 * wanted.norm()
-
-
-@VNNI
-@pytest.mark.parametrize(
-    ("activation", "copies"),
-    [(nn.ReLU(), [3, 3, 7, 90]), (nn.GELU("tanh"), None), (nn.SiLU(), None), (nn.Identity(), None)],
-)
-def test_what_the_operator_does_not_do_stays_as_it_was(activation, copies, compiled_operators):
-    copies = None if copies is None else torch.tensor(copies)
-    block, x = _two_products(activation, torch.bfloat16, copies)
-    with torch.inference_mode():
-        found = torch.compile(block, dynamic=True, backend=inductor)(x)
-        wanted = block(x)
-    assert LEVELS not in compiled_operators[0]
-    assert (found - wanted).norm() <= 0.02 * wanted.norm()
-
-
-@VNNI
-def test_an_output_that_others_read_is_written(compiled_operators):
-    block, x = _two_products(nn.ReLU(), torch.bfloat16)
-    first, activation, second = block
-
-    def both(x):
-        hidden = activation(first(x))
-        return hidden, second(hidden)
-
-    with torch.inference_mode():
-        found = torch.compile(both, dynamic=True, backend=inductor)(x)
-        wanted = both(x)
-    assert LEVELS not in compiled_operators[0]
-    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
 def test_tanh_is_that_of_torch_to_fp32_wherever_it_is_asked():

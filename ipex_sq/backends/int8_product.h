@@ -1,0 +1,89 @@
+// Products of int8 levels with packed weights, tile by tile, on all cores.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "tile_output.h"
+
+namespace ipex_sq {
+
+constexpr int64_t kTilesPerGroup = 4; // their weights stay in a core's cache, and are 1 KiB of a row of logits
+constexpr int64_t kRowsPerCall = 64;
+
+inline void check(const at::Tensor& x, int64_t in_features) {
+  TORCH_CHECK(x.size(-1) == in_features, "input and weight differ in width");
+  TORCH_CHECK(x.is_contiguous(), "the input must be contiguous");
+}
+
+inline at::Tensor empty_output(const at::Tensor& x, int64_t out_features, at::ScalarType dtype) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = out_features;
+  return at::empty(sizes, x.options().dtype(dtype));
+}
+
+// Rows of levels [rows, in_features] that a tile is made of.
+struct Rows {
+  int64_t first, count;
+};
+
+// A weight, packed [out / 64, in / 4, 64, 4] int8, and what its sums are scaled by.
+struct Int8Weight {
+  const int8_t* packed;
+  Scaling scaling;
+  int64_t out_features;
+
+  Int8Weight(
+      const at::Tensor& levels,
+      const at::Tensor& input_scale,
+      const at::Tensor& input_zero_point,
+      const at::Tensor& weight,
+      const at::Tensor& weight_sums,
+      const at::Tensor& weight_scale,
+      const std::optional<at::Tensor>& bias)
+      : packed(weight.const_data_ptr<int8_t>()),
+        scaling(levels, input_scale, input_zero_point, weight_sums, weight_scale, bias),
+        out_features(weight_scale.size(0)) {
+    check(levels, weight.size(1) * weight.size(3));
+  }
+
+  int64_t tiles() const { return (out_features + kTile - 1) / kTile; }
+
+  // Of the tile whose first column is `first`.
+  int64_t columns(int64_t first) const { return std::min(kTile, out_features - first); }
+
+  // Sums [count, 64] of the tile whose first column is `first`.
+  void sum(const uint8_t* levels, int64_t in_features, Rows rows, int64_t first, int32_t* sums) const {
+    at::native::cpublas::brgemm(
+        rows.count, kTile, in_features, in_features, kTile, kTile, false,
+        levels + rows.first * in_features, packed + first * in_features, sums);
+  }
+};
+
+// Calls work(tile, rows, scratch) for all tiles and blocks of rows; scratch holds the sums of
+// `products` products.
+template <typename Work>
+void over_tiles(int64_t tiles, int64_t rows, int64_t products, const Work& work) {
+  const int64_t blocks = (rows + kRowsPerCall - 1) / kRowsPerCall;
+  // A group of tiles stays in the cache for all blocks of rows, and a block for the tiles of a group.
+  at::parallel_for(0, tiles * blocks, kTilesPerGroup, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> sums(products * std::min(rows, kRowsPerCall) * kTile);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / (kTilesPerGroup * blocks) * kTilesPerGroup; // its first tile
+      const int64_t width = std::min(kTilesPerGroup, tiles - group);
+      const int64_t place = task - group * blocks;
+      const int64_t row = place / width * kRowsPerCall;
+      work(group + place % width, Rows{row, std::min(kRowsPerCall, rows - row)}, sums.data());
+    }
+    end_of_stream();
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+} // namespace ipex_sq
