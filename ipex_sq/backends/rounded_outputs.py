@@ -72,8 +72,9 @@ def _passes() -> PatternMatcherPass:
         for gated in (False, True):
             for copies in (False, True):
                 searched, inputs = _search(activation, gated=gated, copies=copies)
-                pattern = gen_pattern(searched, inputs, _traced)
+                trace: Any = _traced
                 replace: Any = _Levels(name)
+                pattern = gen_pattern(searched, inputs, trace)
                 register_graph_pattern(pattern, pass_dict=passes)(replace)
     return passes
 
@@ -98,8 +99,9 @@ def _search(
         x = activation(rows(*levels, *(of[name] for name in _WEIGHT), torch.bfloat16))
         if gated:
             x = x * rows(*levels, *(of[name] for name in _FACTOR), torch.bfloat16)
-        parts = tuple(of.get(name) for name in _COPIES)
-        return static_levels(x, *(of[name] for name in _NEXT), copies=parts)  # type: ignore[arg-type]
+        multiplier, zero_point = (of[name] for name in _NEXT)
+        channels, held_low, held_high = (of.get(name) for name in _COPIES)
+        return static_levels(x, multiplier, zero_point, (channels, held_low, held_high))
 
     return _with_parameters(searched, names), [examples[name] for name in names]
 

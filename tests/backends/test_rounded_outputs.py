@@ -110,11 +110,10 @@ def test_levels_are_those_of_fp32_outputs(activation, gated, biased, copies):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_activation_is_that_of_float64(activation):
-    """From the last level downwards by the number of the row: outputs are -12 to 12 in 255 steps."""
     following = Int8Linear(torch.ones(4, 64, dtype=torch.int8), torch.ones(4), None)
     finest = 2e-4
     for low in (-12.0, -2.0, -0.2, 0.0, 0.02, 2.0):
-        # A weight that is 1, so that outputs are the inputs; of a range that 256 fine levels span.
+        # The bias alone is the output: a range of numbers that fine levels span.
         x = torch.linspace(low, low + 255 * finest * 0.98, 256).double()
         linear = Int8Linear(torch.ones(64, 4, dtype=torch.int8), torch.ones(64), None)
         assert linear.only_rows()
