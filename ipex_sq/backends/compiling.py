@@ -18,8 +18,11 @@ from torch import nn
 
 from ipex_sq.backends.brgemm import MOST_ROWS
 from ipex_sq.backends.head import widen_logits
+from ipex_sq.backends.last_layer import ClassifierForward, CutLayer
 from ipex_sq.backends.stepping import LayerStep, StepGraphs
 from ipex_sq.models.caching import is_cache, layer_index, past_of
+from ipex_sq.models.first_token import find_first_token
+from ipex_sq.models.layers import find_layers
 from ipex_sq.system import keep_freed_memory
 
 KINDS = 256
@@ -36,24 +39,23 @@ def compiler_problem() -> str | None:
     return "torch.compile needs a C++ compiler: install g++"
 
 
-def find_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of the model: the ModuleList that holds most modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    sizes = [sum(1 for _ in layers.modules()) for layers in lists]
-    return list(lists[sizes.index(max(sizes))]) if lists else []
-
-
 def compile_layers(model: nn.Module) -> nn.Module:
     """Compile every repeated layer of `model` in place, for any batch size and length.
 
-    A bf16 head gives logits in fp32, and the process keeps the memory that it frees.
+    A bf16 head gives logits in fp32, a classifier that reads the first token alone ends its last
+    layer with that one (ADR 16), and the process keeps the memory that it frees.
     """
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * KINDS)
     graphs = StepGraphs()
-    for layer in find_layers(model):
-        layer.forward = _CompiledForward(layer, graphs)  # type: ignore[assignment, method-assign]
+    first_token = find_first_token(model)
+    forwards = [_CompiledForward(layer, graphs) for layer in find_layers(model)]
+    if first_token is not None:
+        forwards[-1].cut = CutLayer(first_token)
+        model.forward = ClassifierForward(model, first_token)  # type: ignore[assignment, method-assign]
+    for layer, forward in zip(find_layers(model), forwards, strict=True):
+        layer.forward = forward  # type: ignore[assignment, method-assign]
     widen_logits(model)
     keep_freed_memory()
     return model
@@ -64,7 +66,12 @@ class _CompiledForward:
 
     The compiler is imported with the first call that needs it: a process that loads a model has its
     first token 2 s earlier.
+
+    Attributes:
+        cut: What may run in the layer's place, or None.
     """
+
+    cut: CutLayer | None = None
 
     def __init__(self, layer: nn.Module, graphs: StepGraphs) -> None:
         forward: Any = layer.forward
@@ -80,10 +87,16 @@ class _CompiledForward:
     def _compiled(self) -> Callable[..., Any]:
         return _compile(self._eager)
 
+    @cached_property
+    def _compiled_cut(self) -> Callable[..., Any]:
+        return _compile(self._eager.__func__)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         name = next((name for name, value in named.items() if is_cache(value)), None)
         if name is None:
+            if self.cut is not None and self.cut.is_enough():
+                return self._compiled_cut(self.cut.build(), *args, **kwargs)
             return self._compiled(*args, **kwargs)
         shape = _hidden_shape(named)
         past = past_of(named[name], self._index)

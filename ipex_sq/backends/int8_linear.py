@@ -215,10 +215,12 @@ class Int8Linear(nn.Module):
         Returns:
             `[..., out_features]` of `output_dtype`.
         """
+        if self.packed is None:
+            return self._multiply_rows(levels, scale)
         # A step of generation has one token of each text: no other graph is asked how many texts.
+        # Nor is a classifier's last layer, whose rows are kept for no step.
         one_token = levels.ndim > 1 and levels.shape[-2] == 1
-        few = one_token and levels.shape[0] <= MOST_ROWS and self.row_weight is not None
-        if few or self.packed is None:
+        if self.row_weight is not None and one_token and levels.shape[0] <= MOST_ROWS:
             return self._multiply_rows(levels, scale)
         if not self.per_token:
             return self._multiply(levels, self.bias, self.output_dtype)

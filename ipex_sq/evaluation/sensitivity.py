@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ipex_sq.backends.compiling import find_layers
 from ipex_sq.backends.quantization import plan, rounding
 from ipex_sq.backends.reference import ReferenceBackend, simulated_linear
 from ipex_sq.config import ModelConfig, QuantConfig
@@ -22,6 +21,7 @@ from ipex_sq.errors import UnsupportedModelError
 from ipex_sq.evaluation.sqnr import sqnr_db
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing, replace_linear, smoothed_linear
+from ipex_sq.models.layers import find_layers
 from ipex_sq.models.loading import load_model
 from ipex_sq.models.rounding import round_weights
 from ipex_sq.models.running import run_model

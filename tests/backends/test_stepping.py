@@ -9,9 +9,10 @@ from torch import nn
 
 from ipex_sq.backends import stepping
 from ipex_sq.backends.brgemm import MOST_ROWS
-from ipex_sq.backends.compiling import compile_layers, find_layers
+from ipex_sq.backends.compiling import compile_layers
 from ipex_sq.backends.layer_kind import kind_of
 from ipex_sq.models.caching import SPARE, Room, keep_token, past_of, room_for_one
+from ipex_sq.models.layers import find_layers
 from ipex_sq.models.tiny import DECODERS, tiny_model
 
 GENERATION = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None}

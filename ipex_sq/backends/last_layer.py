@@ -1,0 +1,133 @@
+"""The last layer of a classifier, from its tail on, on the first token of each text.
+
+The classifier's forward says, for its own thread and call, whether one token is enough; the layer,
+called outside of the compiled region, picks between two compiled functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipex_sq.models.first_token import FirstToken, first_tokens
+from ipex_sq.models.layers import find_layers
+
+_ENOUGH: ContextVar[FirstToken | None] = ContextVar("_ENOUGH", default=None)
+"""Of the classifier that is running in this thread, if one token is enough for its call."""
+
+KNOWN = frozenset(
+    {
+        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+        *("labels", "return_dict", "use_cache"),
+    }
+)
+"""Arguments that ask for logits alone. Any other one, if given, may ask for more tokens."""
+
+WANTS_MORE = ("output_hidden_states", "output_attentions")
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+CAPTURING = "transformers.utils.output_capturing"
+"""Hooks of transformers 5 that stay once hidden states were asked for, and sleep until they are
+again."""
+
+
+class ClassifierForward:
+    """The forward of a classifier that was found to read the first token alone.
+
+    All tokens run to the end where more than the logits could be seen: other outputs are asked for,
+    a hook watches the last layer or what follows, the model trains or is no longer what was proved.
+    """
+
+    def __init__(self, model: nn.Module, first_token: FirstToken) -> None:
+        self._forward = model.forward
+        self._model = model
+        self._first_token = first_token
+        self._names = tuple(inspect.signature(model.forward).parameters)
+        functools.update_wrapper(self, model.forward)  # the signature, which transformers reads
+        before = {id(item) for layer in find_layers(model)[:-1] for item in layer.modules()}
+        watched = [item for item in model.modules() if id(item) not in before]
+        self._held = [(item, list(item._modules.values())) for item in watched if item._modules]
+        self._hooks = [getattr(item, name) for item in watched[1:] for name in HOOKS]
+        every: Any = torch.nn.modules.module
+        self._hooks += [every._global_forward_hooks, every._global_forward_pre_hooks]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        token = _ENOUGH.set(self._first_token if self._is_enough(named) else None)
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            _ENOUGH.reset(token)
+
+    def _is_enough(self, arguments: Mapping[str, Any]) -> bool:
+        model: Any = self._model
+        configs = [getattr(item, "config", None) for item in (model, model.base_model)]
+        return not (
+            model.training
+            or any(name not in KNOWN and _is_given(arguments[name]) for name in arguments)
+            or any(getattr(config, name, False) for config in configs for name in WANTS_MORE)
+            or any(_is_foreign(hook) for hooks in self._hooks if hooks for hook in hooks.values())
+            or any(list(item._modules.values()) != held for item, held in self._held)
+        )
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _is_foreign(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) != CAPTURING
+
+
+class CutLayer:
+    """The layer of a `FirstToken` with the rows taken off before its tail."""
+
+    def __init__(self, first_token: FirstToken) -> None:
+        self._first_token = first_token
+        self._tail = _FirstRows(first_token.tail)
+
+    def is_enough(self) -> bool:
+        """Whether the classifier's call that runs in this thread needs no more than this."""
+        return _ENOUGH.get() is self._first_token
+
+    def build(self) -> nn.Module:
+        """The layer with all of its modules, but copies of those around the tail.
+
+        Made for each call, in microseconds: it is as current as the layer itself, and no thread
+        sees that of another.
+        """
+        layer = holder = _copied(self._first_token.layer)
+        *around, last = self._first_token.path.split(".")
+        for name in around:
+            inner = _copied(holder.get_submodule(name))
+            holder._modules[name] = inner
+            holder = inner
+        holder._modules[last] = self._tail
+        return layer
+
+
+class _FirstRows(nn.Module):
+    def __init__(self, tail: nn.Module) -> None:
+        super().__init__()
+        self.tail = tail
+        self.training = tail.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The tail on the first token of each text."""
+        kwargs = {name: first_tokens(value) for name, value in kwargs.items()}
+        return self.tail(*[first_tokens(value) for value in args], **kwargs)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    copied = copy.copy(module)
+    vars(copied)["_modules"] = dict(module._modules)
+    return copied
