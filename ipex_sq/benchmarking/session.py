@@ -44,10 +44,13 @@ STILL_FASTER = 0.95
 KINDS = {
     "gemm": (
         *("qlinear", "::mm", "addmm", "+linear", "aten::linear", "mkldnn", "ipex_linear"),
-        *("int8_rows", "bf16_logits"),
+        *("int8_rows", "int8_levels", "bf16_logits"),
     ),
     "attention": ("bmm", "short_attention", "scaled_dot_product", "_softmax", "matmul"),
-    "elementwise": ("Compiled", "aten::", "quantize", "onednn::", "torch_ipex::"),
+    "elementwise": (
+        *("Compiled", "aten::", "quantize", "onednn::", "torch_ipex::"),
+        "ipex_sq::round_",
+    ),
 }
 """Parts of the names of operators, tried in this order; what Inductor fuses counts as
 elementwise."""
