@@ -96,7 +96,7 @@ class _CompiledForward:
         name = next((name for name, value in named.items() if is_cache(value)), None)
         if name is None:
             if self.cut is not None and self.cut.is_enough():
-                return self._compiled_cut(self.cut.build(), *args, **kwargs)
+                return self._compiled_cut(self.cut.current(), *args, **kwargs)
             return self._compiled(*args, **kwargs)
         shape = _hidden_shape(named)
         past = past_of(named[name], self._index)

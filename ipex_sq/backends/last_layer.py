@@ -94,25 +94,47 @@ class CutLayer:
     def __init__(self, first_token: FirstToken) -> None:
         self._first_token = first_token
         self._tail = _FirstRows(first_token.tail)
+        self._copies: list[_Copy] = []
 
     def is_enough(self) -> bool:
         """Whether the classifier's call that runs in this thread needs no more than this."""
         return _ENOUGH.get() is self._first_token
 
-    def build(self) -> nn.Module:
-        """The layer with all of its modules, but copies of those around the tail.
+    def current(self) -> nn.Module:
+        """The layer with all that it has now, but copies of the modules around the tail.
 
-        Made for each call, in microseconds: it is as current as the layer itself, and no thread
-        sees that of another.
+        They are kept until something of theirs changes: Dynamo then knows again what has not.
         """
-        layer = holder = _copied(self._first_token.layer)
+        copies = self._copies
+        if not copies or not all(map(_Copy.is_current, copies)):
+            self._copies = copies = self._copy()
+        return copies[0].module
+
+    def _copy(self) -> list[_Copy]:
         *around, last = self._first_token.path.split(".")
+        copies = [_Copy(self._first_token.layer)]
         for name in around:
-            inner = _copied(holder.get_submodule(name))
-            holder._modules[name] = inner
-            holder = inner
-        holder._modules[last] = self._tail
-        return layer
+            copies.append(_Copy(copies[-1].of.get_submodule(name)))
+            copies[-2].module._modules[name] = copies[-1].module
+        copies[-1].module._modules[last] = self._tail
+        return copies
+
+
+class _Copy:
+    """A module that shares everything with another one, but may have other modules."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.of = module
+        self.module = copy.copy(module)
+        self._modules = list(module._modules.values())
+        vars(self.module)["_modules"] = dict(module._modules)
+
+    def is_current(self) -> bool:
+        """Whether the other one still has the same attributes and modules."""
+        own, others = vars(self.module), vars(self.of)
+        names = others.keys() - {"_modules"}
+        same = len(own) == len(others) and all(own.get(name, own) is others[name] for name in names)
+        return same and list(self.of._modules.values()) == self._modules
 
 
 class _FirstRows(nn.Module):
@@ -125,9 +147,3 @@ class _FirstRows(nn.Module):
         """The tail on the first token of each text."""
         kwargs = {name: first_tokens(value) for name, value in kwargs.items()}
         return self.tail(*[first_tokens(value) for value in args], **kwargs)
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    copied = copy.copy(module)
-    vars(copied)["_modules"] = dict(module._modules)
-    return copied

@@ -6,6 +6,7 @@ need all tokens, but from some module on, its *tail*, one token of each text is 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -57,17 +58,23 @@ def find_first_token(model: nn.Module) -> FirstToken | None:
     """Find and prove the tail of a sequence classifier; None where there is none, or no proof.
 
     Args:
-        model: With its weights, float or int8; it is run on a tiny batch a few times.
+        model: With its weights, float or int8. A copy is run on a tiny batch a few times.
     """
     layers = find_layers(model)
     if task_of(model) != SEQUENCE_CLASSIFICATION or not layers:
         return None
     try:
         with torch.no_grad():
-            return _find(model, layers[-1])
+            copied = _copy(model)
+            found = _find(copied, find_layers(copied)[-1])
     except Exception as error:  # noqa: BLE001  # of the model's own code, which a real text may not raise
         logger.debug("the last layer runs on all tokens: %r", error)
         return None
+    if found is None:
+        return None
+    of_copy = {id(item): name for name, item in copied.named_modules()}
+    linears = [model.get_submodule(of_copy[id(linear)]) for linear in found.linears]
+    return FirstToken(layers[-1], found.path, tuple(linears))
 
 
 def first_tokens(value: Any) -> Any:
@@ -95,10 +102,17 @@ def give_values(model: nn.Module) -> None:
     model._apply(value)
 
 
+def _copy(model: nn.Module) -> nn.Module:
+    """Modules of its own with the same tensors: BigBird exchanges modules for a short text."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def _find(model: nn.Module, layer: nn.Module) -> FirstToken | None:
-    batch = _tiny_batch(model)
+    batch, modules = _tiny_batch(model), list(model.modules())
     paths, logits = _candidates(model, layer, batch)
-    if not bool(logits.isfinite().all()):
+    # Where a short text made another model of it, nothing is proved for a long one.
+    if not bool(logits.isfinite().all()) or list(model.modules()) != modules:
         return None
     for path in paths:
         tail = layer.get_submodule(path)

@@ -307,6 +307,18 @@ def test_other_weights_are_seen():
     assert relative_error(logits_of(model, batch), logits_of(other, batch)) < FP32_BOUND
 
 
+def test_other_attributes_of_the_layer_are_seen(models):
+    model, batch = _traced(tiny_model("bert")), _batch(3, 10)
+    wanted = logits_of(models[1], batch)
+    assert relative_error(logits_of(model, batch), wanted) < FP32_BOUND
+    layer = find_layers(model)[-1]
+    layer.feed_forward_chunk = lambda attention_output: -attention_output
+    assert relative_error(logits_of(model, batch), wanted) > 0.1
+    del layer.feed_forward_chunk
+    assert relative_error(logits_of(model, batch), wanted) < FP32_BOUND
+    assert _tokens(model, lambda: model(**batch)) == [1]
+
+
 def test_two_threads_get_what_each_asked_for(models):
     model, plain = models
     batch = _batch(4, 24)

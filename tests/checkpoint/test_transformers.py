@@ -26,6 +26,8 @@ from ipex_sq.models.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 SHARDS = "40KB"
+RUN = {"_compiled", "_compiled_cut"}
+"""What a layer has compiled: itself, or itself with the first token alone behind its attention."""
 
 
 def _quantized(family, batches, dtype):
@@ -78,6 +80,15 @@ def test_a_model_of_from_pretrained_compiles_its_layers(saved, unseen):
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits_of(again, unseen), logits_of(model, unseen))
     assert all(layer.forward._compiled is not None for layer in find_layers(again))
+
+
+def test_a_classifier_of_from_pretrained_ends_with_the_first_token(batches, unseen, tmp_path):
+    model = _quantized("bert", batches, "fp32")
+    again = AutoModelForSequenceClassification.from_pretrained(save(model, tmp_path / "int8"))
+    assert torch.equal(logits_of(again, unseen), logits_of(model, unseen))
+    for one in (model, again):
+        ran = [vars(layer.forward).keys() & RUN for layer in find_layers(one)]
+        assert ran == [{"_compiled"}, {"_compiled_cut"}]
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,19 @@ def test_a_model_without_weights_is_told_by_its_structure(kind):
     assert found is None or len(found.linears) == len(real.linears)
 
 
+def test_a_model_that_short_texts_change_is_left_alone():
+    """BigBird runs other code on long texts, which cuts rows off; short ones exchange modules."""
+    config = transformers.BigBirdConfig(**{**CONFIGS["bert"].to_dict(), "model_type": "big_bird"})
+    assert config.attention_type == "block_sparse"
+    model = transformers.BigBirdForSequenceClassification(config).eval()
+    before = list(model.modules())
+    assert find_first_token(model) is None
+    assert list(model.modules()) == before
+    config.attention_type = "original_full"
+    model = transformers.BigBirdForSequenceClassification(config).eval()
+    assert find_first_token(model) is not None
+
+
 def test_an_error_of_the_model_is_not_ours(monkeypatch):
     def fails(model, batch):
         raise RuntimeError("no such model")
