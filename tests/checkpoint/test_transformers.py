@@ -19,6 +19,7 @@ from transformers import (
 from ipex_sq import load, save
 from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.quantization import quantize
+from ipex_sq.checkpoint import assembling
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CheckpointError, ConfigError
 from ipex_sq.models.layers import find_layers
@@ -73,6 +74,17 @@ def test_from_pretrained_computes_the_same_bits(family, dtype, batches, unseen, 
     int8 = {name for name, item in again.named_modules() if isinstance(item, Int8Linear)}
     assert int8 == set(model.quant_plan.int8_names)
     assert {item.dtype for item in again.parameters()} == {next(model.parameters()).dtype}
+
+
+def test_memory_that_loading_has_freed_goes_back(saved, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(assembling, "give_freed_memory_back", lambda: loaded.append("trimmed"))
+    finish = assembling.finish_native
+    monkeypatch.setattr(
+        assembling, "finish_native", lambda *args: (finish(*args), loaded.append("finished"))
+    )
+    AutoModelForCausalLM.from_pretrained(saved[1])
+    assert loaded == ["finished", "trimmed"]
 
 
 def test_a_model_of_from_pretrained_compiles_its_layers(saved, unseen):
