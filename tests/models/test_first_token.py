@@ -26,11 +26,23 @@ class AllTokensForSequenceClassification(Head):
         return hidden.mean(dim=1)
 
 
-class HiddenNansForSequenceClassification(Head):
-    """NaN does not get through: only large numbers show that it reads all tokens."""
+class NanAloneForSequenceClassification(Head):
+    """Large numbers change nothing, NaN does."""
 
     def pooled(self, hidden, mask):
-        return hidden[:, 0] + hidden.nan_to_num(0.0).clamp(1.0, 2.0).mean(dim=1)
+        return hidden[:, 0] + 0.0 * hidden.mean(dim=1)
+
+
+class LargeAloneForSequenceClassification(Head):
+    """NaN changes nothing, large numbers do."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        last = self.bert.encoder.layer[-1]
+        last.attention.output.LayerNorm = last.output.LayerNorm = nn.Identity()
+
+    def pooled(self, hidden, mask):
+        return hidden[:, 0] + (hidden[:, 1:] > 100.0).any()
 
 
 class LastTokenForSequenceClassification(Head):
@@ -76,7 +88,8 @@ class Mixing(nn.Module):
 
 OTHERS = [
     AllTokensForSequenceClassification,
-    HiddenNansForSequenceClassification,
+    NanAloneForSequenceClassification,
+    LargeAloneForSequenceClassification,
     LastTokenForSequenceClassification,
     FirstRealTokenForSequenceClassification,
     CountingForSequenceClassification,
@@ -127,6 +140,11 @@ def test_other_families_are_left_alone(family):
 def test_decoders_that_classify_are_left_alone(kind, family, padding):
     model = _of_class(getattr(transformers, kind), family, pad_token_id=padding)
     assert find_first_token(model) is None
+
+
+def test_other_tasks_are_left_alone():
+    """It reads the first token too, but what else its outputs are for is not known."""
+    assert find_first_token(_of_class(transformers.BertForNextSentencePrediction)) is None
 
 
 def test_a_head_of_ones_own_that_reads_the_first_token_is_found():
