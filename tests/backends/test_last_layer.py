@@ -201,7 +201,7 @@ def test_hidden_states_by_place(models):
     model, _ = models
     names = list(model.forward._names)
     if "output_hidden_states" not in names:
-        pytest.skip("by name only")
+        pytest.skip("this transformers takes output_hidden_states by name only")
     batch = _batch(2, 9)
     args = [batch.get(name) for name in names[: names.index("output_hidden_states")]]
     with torch.no_grad():
