@@ -34,7 +34,7 @@ TILE = 64
 GROUP = 4
 """int8 levels that one instruction multiplies and adds up."""
 
-_ROWS_OF_SUMS = 1024
+_ROWS_OF_SUMS = 64
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
 _NAME = "ipex_sq_brgemm"
@@ -137,16 +137,22 @@ def pack_rows(weight: Tensor) -> Tensor:
         raise RuntimeError(f"a weight of int8 levels has type {weight.dtype}")
     out_features, in_features = weight.shape
     tiles = -(-out_features // TILE)
-    padded = nn.functional.pad(weight, (0, 0, 0, tiles * TILE - out_features))
-    split = padded.view(tiles, TILE, in_features // GROUP, GROUP)
+    missing = tiles * TILE - out_features
+    # pad() copies, with nothing to add as well.
+    padded = nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
+    split = padded.reshape(tiles, TILE, in_features // GROUP, GROUP)
     return split.transpose(1, 2).contiguous()
 
 
 def sum_rows(weight: Tensor) -> Tensor:
     """The sum of each row of int8 `weight` `[out, in]`, `[out]` int32."""
-    # In slices: sum() writes its input down in int32 first, four times a whole head.
-    slices = weight.split(_ROWS_OF_SUMS)
-    return torch.cat([rows.sum(dim=1, dtype=torch.int32) for rows in slices])
+    # In slices: sum() writes its input down in int32 first, four times a whole head. And in one
+    # place: glibc's aligned allocations do not find the room that one of their size has left.
+    sums = torch.empty(len(weight), dtype=torch.int32)
+    place = torch.empty((_ROWS_OF_SUMS, weight.shape[1]), dtype=torch.int32)
+    for rows, of_rows in zip(weight.split(_ROWS_OF_SUMS), sums.split(_ROWS_OF_SUMS), strict=True):
+        torch.sum(place[: len(rows)].copy_(rows), dim=1, dtype=torch.int32, out=of_rows)
+    return sums
 
 
 def _shape_of_rows(

@@ -74,6 +74,7 @@ class Int8Linear(nn.Module):
         weight_scale: `[out_features]`, fp32.
         bias: `[out_features]`, fp32, or None.
         packed: int8 levels in oneDNN's layout; None after `only_rows`.
+        weight_zero_points: `[out_features]` int32, zeros that oneDNN asks for; None with `packed`.
         row_weight: int8 levels in brgemm's layout, for products of a few rows or, where they are
             the only ones, of any number; None until `keep_rows` or `only_rows`.
         row_sums: `[out_features]` int32, sums over its rows.
@@ -86,8 +87,8 @@ class Int8Linear(nn.Module):
     input_scale: Tensor
     input_zero_point: Tensor
     weight_scale: Tensor
-    weight_zero_points: Tensor
     packed: Tensor | None
+    weight_zero_points: Tensor | None
     bias: Tensor | None
     row_weight: Tensor | None
     row_sums: Tensor | None
@@ -105,14 +106,13 @@ class Int8Linear(nn.Module):
         self.per_token = False
         self.register_buffer("weight_scale", weight_scale.float())
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        zeros = torch.zeros(self.out_features, dtype=torch.int32)
-        self.register_buffer("weight_zero_points", zeros, persistent=False)
-        for name in ("packed", "row_weight", "row_sums"):
+        for name in ("packed", "weight_zero_points", "row_weight", "row_sums"):
             self.register_buffer(name, None, persistent=False)
         if only_rows:
             self._pack_rows(weight)
         if self.row_weight is None:
             self.packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+            self.weight_zero_points = torch.zeros(self.out_features, dtype=torch.int32)
 
     @classmethod
     def restored(
@@ -189,7 +189,7 @@ class Int8Linear(nn.Module):
         """
         self.keep_rows()
         if self.row_weight is not None:
-            self.packed = None
+            self.packed = self.weight_zero_points = None
         return self.row_weight is not None
 
     @property

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ipex_sq.backends import brgemm, int8_linear
-from ipex_sq.backends.brgemm import MOST_ROWS, brgemm_built
+from ipex_sq.backends.brgemm import MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
 from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
@@ -17,7 +17,7 @@ from ipex_sq.recipe.qparams import (
     quantize_tokens,
     token_scale,
 )
-from ipex_sq.system import usable_flags
+from ipex_sq.system import peak_rss_bytes, reset_peak_rss, usable_flags
 
 SHAPES = [(8, 16), (65, 100), (192, 576)]
 """Less than a tile, a tile and a broken one, a real model's."""
@@ -48,6 +48,22 @@ def test_another_cpu_builds_its_own(monkeypatch):
     here = brgemm.build_directory()
     monkeypatch.setattr(brgemm, "cpu_flags", lambda: frozenset({"avx2"}))
     assert brgemm.build_directory() != here
+
+
+@pytest.mark.parametrize("rows", [1, 64, 100, 192])
+def test_a_packed_weight_is_the_weight(rows):
+    weight = torch.randint(-127, 128, (rows, 64), dtype=torch.int8)
+    assert torch.equal(unpack_rows(pack_rows(weight), rows), weight)
+    assert torch.equal(sum_rows(weight), weight.double().sum(dim=1).int())
+
+
+def test_packing_takes_little_more_memory_than_the_packed_weight():
+    weight = torch.zeros(2**16, 512, dtype=torch.int8)  # 32 MiB
+    reset_peak_rss()
+    before = peak_rss_bytes()
+    packed, sums = pack_rows(weight), sum_rows(weight)
+    taken = peak_rss_bytes() - before
+    assert taken < 1.25 * (packed.nbytes + sums.nbytes)
 
 
 BUILD = """

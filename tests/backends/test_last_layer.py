@@ -384,7 +384,7 @@ def test_two_threads_get_what_each_asked_for(models):
 def test_an_error_inside_leaves_nothing_behind(models):
     model, _ = models
     batch = _batch(2, 9)
-    # IndexError is what PyTorch raises; once IPEX is imported, embeddings are its own: RuntimeError.
+    # PyTorch raises IndexError; once IPEX is imported, embeddings are its own: RuntimeError.
     with pytest.raises((IndexError, RuntimeError), match="out of"), torch.no_grad():
         model(input_ids=batch["input_ids"] + VOCABULARY)
     with torch.no_grad():

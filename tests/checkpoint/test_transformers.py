@@ -57,6 +57,21 @@ def copy(saved, tmp_path):
     return save(saved[0], tmp_path / "copy", max_shard_size=SHARDS)
 
 
+def test_the_largest_weights_are_packed_before_the_others_are_there(saved, monkeypatch):
+    sizes = []
+    pack = assembling.SavedModel._int8_linear
+
+    def packed(self, name):
+        linear = pack(self, name)
+        sizes.append(linear.weight.numel())
+        return linear
+
+    monkeypatch.setattr(assembling.SavedModel, "_int8_linear", packed)
+    AutoModelForCausalLM.from_pretrained(saved[1])
+    assert len(set(sizes)) > 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
 def test_a_model_that_was_just_quantized_says_how_it_is_saved(saved, tmp_path):
     with pytest.raises(ConfigError, match=r"ipex_sq\.save"):
         saved[0].save_pretrained(tmp_path / "other")
