@@ -132,9 +132,14 @@ class SavedModel:
         try:
             # Packed for both kernels, those per token would be twice in memory for a while.
             only_rows = per_token or rows_everywhere()
-            return Int8Linear.restored(tensors, per_token=per_token, only_rows=only_rows)
+            linear = Int8Linear.restored(tensors, per_token=per_token, only_rows=only_rows)
         except (KeyError, RuntimeError):
             raise self._misfit([f"{name}.{field}" for field in tensors] or [name]) from None
+        # The plan's own, as where it was lowered: not the same numbers twice.
+        scale = self.plan.linears[name].weight_scale
+        assert scale is not None  # noqa: S101
+        linear.weight_scale = scale
+        return linear
 
     def _misfit(self, names: list[str]) -> CheckpointError:
         return CheckpointError(
