@@ -77,14 +77,11 @@ std::vector<at::Tensor> int8_rows_together(
     at::TensorList weight_scales,
     const c10::List<std::optional<at::Tensor>>& biases,
     at::ScalarType dtype) {
-  TORCH_CHECK(packed.size() == weight_sums.size() && packed.size() == weight_scales.size() && packed.size() == biases.size(),
-              "sums, a scale and a bias or none for each weight");
   std::vector<at::Tensor> outputs;
   std::vector<Product> products;
-  for (size_t n = 0; n < packed.size(); ++n) {
-    const Int8Weight weight(levels, input_scale, input_zero_point, packed[n], weight_sums[n], weight_scales[n], biases.get(n));
+  for (const auto& weight : int8_weights(levels, input_scale, input_zero_point, packed, weight_sums, weight_scales, biases)) {
     outputs.push_back(empty_output(levels, weight.out_features, dtype));
-    products.push_back({weight, outputs[n].mutable_data_ptr()});
+    products.push_back({weight, outputs.back().mutable_data_ptr()});
   }
   if (dtype == at::kBFloat16) {
     int8_tiles<BFloat16>(levels, products);

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "tile_output.h"
@@ -65,6 +66,24 @@ struct Int8Weight {
         levels + rows.first * in_features, packed + first * in_features, sums);
   }
 };
+
+// Of the weights that the same levels are multiplied with; each list has one item for each.
+inline std::vector<Int8Weight> int8_weights(
+    const at::Tensor& levels,
+    const at::Tensor& input_scale,
+    const at::Tensor& input_zero_point,
+    at::TensorList packed,
+    at::TensorList weight_sums,
+    at::TensorList weight_scales,
+    const c10::List<std::optional<at::Tensor>>& biases) {
+  TORCH_CHECK(packed.size() == weight_sums.size() && packed.size() == weight_scales.size() && packed.size() == biases.size(),
+              "sums, a scale and a bias or none for each weight");
+  std::vector<Int8Weight> weights;
+  for (size_t n = 0; n < packed.size(); ++n) {
+    weights.emplace_back(levels, input_scale, input_zero_point, packed[n], weight_sums[n], weight_scales[n], biases.get(n));
+  }
+  return weights;
+}
 
 // Calls work(tile, rows, scratch) for all tiles and blocks of rows; scratch holds the sums of
 // `products` products.

@@ -123,14 +123,11 @@ at::Tensor int8_levels(
     const std::optional<at::Tensor>& held_low,
     const std::optional<at::Tensor>& held_high) {
   TORCH_CHECK(packed.size() == 1 || packed.size() == 2, "one weight, or two");
-  TORCH_CHECK(packed.size() == weight_sums.size() && packed.size() == weight_scales.size() && packed.size() == biases.size(),
-              "sums, a scale and a bias or none for each weight");
   TORCH_CHECK(channels.has_value() == held_low.has_value() && channels.has_value() == held_high.has_value(),
               "channels come with what their parts hold");
-  std::vector<Int8Weight> weights;
-  for (size_t n = 0; n < packed.size(); ++n) {
-    weights.emplace_back(levels, input_scale, input_zero_point, packed[n], weight_sums[n], weight_scales[n], biases.get(n));
-    TORCH_CHECK(multiplier.numel() == weights[n].out_features, "a factor for each column");
+  const auto weights = int8_weights(levels, input_scale, input_zero_point, packed, weight_sums, weight_scales, biases);
+  for (const auto& weight : weights) {
+    TORCH_CHECK(multiplier.numel() == weight.out_features, "a factor for each column");
   }
   const int64_t copies = channels ? channels->numel() : 0;
   auto output = empty_output(levels, multiplier.numel() + copies, at::kByte);
