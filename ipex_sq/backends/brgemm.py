@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ipex_sq.backends.weight_memory import WeightMemory
 from ipex_sq.system import cache_directory, cpu_flags, int8_isa, usable_flags
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ TILE = 64
 
 GROUP = 4
 """int8 levels that one instruction multiplies and adds up."""
-
-_ROWS_OF_SUMS = 64
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
 _NAME = "ipex_sq_brgemm"
@@ -125,10 +124,15 @@ def unpack_rows(packed: Tensor, out_features: int) -> Tensor:
     return packed.transpose(1, 2).reshape(tiles * TILE, groups * GROUP)[:out_features].contiguous()
 
 
-def pack_rows(weight: Tensor) -> Tensor:
-    """int8 `weight` `[out, in]` in brgemm's layout `[out / 64, in / 4, 64, 4]`, padded with 0.
+def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int, int]:
+    """Of brgemm's layout `[out / 64, in / 4, 64, 4]` of a weight `[out, in]`."""
+    return -(-out_features // TILE), in_features // GROUP, TILE, GROUP
 
-    `in` must be a multiple of 4.
+
+def pack_rows(weight: Tensor, memory: WeightMemory | None = None) -> Tensor:
+    """int8 `weight` `[out, in]` in brgemm's layout (`packed_shape`), padded with 0.
+
+    `in` must be a multiple of 4. It stands in `memory`, if there is one.
 
     Raises:
         RuntimeError: Another type, as of oneDNN.
@@ -136,23 +140,30 @@ def pack_rows(weight: Tensor) -> Tensor:
     if weight.dtype != torch.int8:
         raise RuntimeError(f"a weight of int8 levels has type {weight.dtype}")
     out_features, in_features = weight.shape
-    tiles = -(-out_features // TILE)
+    shape = packed_shape(out_features, in_features)
+    tiles, groups, _, _ = shape
     missing = tiles * TILE - out_features
     # pad() copies, with nothing to add as well.
     padded = nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
-    split = padded.reshape(tiles, TILE, in_features // GROUP, GROUP)
-    return split.transpose(1, 2).contiguous()
+    split = padded.reshape(tiles, TILE, groups, GROUP)
+    packed = torch.empty(shape, dtype=torch.int8) if memory is None else memory.take(shape)
+    return packed.copy_(split.transpose(1, 2))
 
 
-def sum_rows(weight: Tensor) -> Tensor:
-    """The sum of each row of int8 `weight` `[out, in]`, `[out]` int32."""
-    # In slices: sum() writes its input down in int32 first, four times a whole head. And in one
-    # place: glibc's aligned allocations do not find the room that one of their size has left.
-    sums = torch.empty(len(weight), dtype=torch.int32)
-    place = torch.empty((_ROWS_OF_SUMS, weight.shape[1]), dtype=torch.int32)
-    for rows, of_rows in zip(weight.split(_ROWS_OF_SUMS), sums.split(_ROWS_OF_SUMS), strict=True):
-        torch.sum(place[: len(rows)].copy_(rows), dim=1, dtype=torch.int32, out=of_rows)
-    return sums
+def sum_rows(packed: Tensor, out_features: int) -> Tensor:
+    """The sum of each row of the weight in `packed`, of `pack_rows`, `[out_features]` int32.
+
+    The product with ones: sum() would write its input down in int32 first, four times a whole head.
+    It is in fp32, exact for up to 2^17 columns.
+    """
+    one, none = torch.ones(()), torch.zeros((), dtype=torch.int32)
+    ones = torch.ones(1, packed.shape[1] * GROUP, dtype=torch.uint8)
+    no_sums = torch.zeros(out_features, dtype=torch.int32)
+    scale = torch.ones(out_features)
+    sums: Tensor = torch.ops.ipex_sq.int8_rows(
+        ones, one, none, packed, no_sums, scale, None, torch.float32
+    )
+    return sums[0].int()
 
 
 def _shape_of_rows(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ipex_sq.backends import onednn_linear  # noqa: F401, its operator
 from ipex_sq.backends.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
+from ipex_sq.backends.weight_memory import WeightMemory
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
     ACTIVATION_LEVELS,
@@ -94,11 +95,18 @@ class Int8Linear(nn.Module):
     row_sums: Tensor | None
 
     def __init__(
-        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *, only_rows: bool = False
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        *,
+        only_rows: bool = False,
+        memory: WeightMemory | None = None,
     ) -> None:
         """Pack int8 `weight` `[out_features, in_features]` with its scale and bias.
 
-        `set_input` must follow. With `only_rows`, as the method of that name leaves it.
+        `set_input` must follow. With `only_rows`, as the method of that name leaves it, and in
+        `memory`, if there is one.
         """
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -109,14 +117,19 @@ class Int8Linear(nn.Module):
         for name in ("packed", "weight_zero_points", "row_weight", "row_sums"):
             self.register_buffer(name, None, persistent=False)
         if only_rows:
-            self._pack_rows(weight)
+            self._pack_rows(weight, memory)
         if self.row_weight is None:
             self.packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
             self.weight_zero_points = torch.zeros(self.out_features, dtype=torch.int32)
 
     @classmethod
     def restored(
-        cls, tensors: Mapping[str, Tensor], *, per_token: bool, only_rows: bool = False
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        per_token: bool,
+        only_rows: bool = False,
+        memory: WeightMemory | None = None,
     ) -> Int8Linear:
         """The Linear whose `stored()` is `tensors`; keeps none of them.
 
@@ -125,7 +138,8 @@ class Int8Linear(nn.Module):
             RuntimeError: One has another type or shape.
         """
         scale = tensors["weight_scale"].clone()
-        linear = cls(tensors["weight"], scale, tensors.get("bias"), only_rows=only_rows)
+        weight, bias = tensors["weight"], tensors.get("bias")
+        linear = cls(weight, scale, bias, only_rows=only_rows, memory=memory)
         linear.per_token = per_token
         for name in ("multiplier", "input_scale", "input_zero_point"):
             linear.register_buffer(name, tensors[name].clone())
@@ -173,10 +187,10 @@ class Int8Linear(nn.Module):
         if self.row_weight is None:
             self._pack_rows(self.weight)
 
-    def _pack_rows(self, weight: Tensor) -> None:
+    def _pack_rows(self, weight: Tensor, memory: WeightMemory | None = None) -> None:
         if self.in_features % GROUP == 0 and brgemm_built():
-            self.row_weight = pack_rows(weight)
-            self.row_sums = sum_rows(weight)
+            self.row_weight = pack_rows(weight, memory)
+            self.row_sums = sum_rows(self.row_weight, self.out_features)
 
     def only_rows(self) -> bool:
         """Use brgemm for any number of rows, which scales each row as it is written.
@@ -191,6 +205,11 @@ class Int8Linear(nn.Module):
         if self.row_weight is not None:
             self.packed = self.weight_zero_points = None
         return self.row_weight is not None
+
+    def move_weight(self, memory: WeightMemory) -> None:
+        """Move the levels in brgemm's layout, if there are any, into `memory`."""
+        if self.row_weight is not None:
+            self.row_weight = memory.take(self.row_weight.shape).copy_(self.row_weight)
 
     @property
     def weight(self) -> Tensor:

@@ -6,8 +6,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -33,6 +36,25 @@ inline at::Tensor empty_output(const at::Tensor& x, int64_t out_features, at::Sc
 struct Rows {
   int64_t first, count;
 };
+
+constexpr int64_t kFetchedAhead = 4096; // bytes of a weight: memory answers within the time they take
+
+// Sums [64] of one row of levels with a tile, `weight`. They take as long as memory gives the tile,
+// for which brgemm asks too late.
+inline void sum_row(const uint8_t* levels, const int8_t* weight, int64_t in_features, int32_t* sums) {
+  __m512i of[kVectors] = {};
+  for (int64_t k = 0; k < in_features; k += 4) {
+    int32_t four;
+    std::memcpy(&four, levels + k, sizeof(four));
+    const __m512i x = _mm512_set1_epi32(four);
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int8_t* line = weight + k * kTile + v * kLine;
+      _mm_prefetch(reinterpret_cast<const char*>(line + kFetchedAhead), _MM_HINT_T0);
+      of[v] = _mm512_dpbusd_epi32(of[v], x, _mm512_loadu_si512(line));
+    }
+  }
+  for (int64_t v = 0; v < kVectors; ++v) _mm512_storeu_si512(sums + v * kVector, of[v]);
+}
 
 // A weight, packed [out / 64, in / 4, 64, 4] int8, and what its sums are scaled by.
 struct Int8Weight {
@@ -61,9 +83,13 @@ struct Int8Weight {
 
   // Sums [count, 64] of the tile whose first column is `first`.
   void sum(const uint8_t* levels, int64_t in_features, Rows rows, int64_t first, int32_t* sums) const {
-    at::native::cpublas::brgemm(
-        rows.count, kTile, in_features, in_features, kTile, kTile, false,
-        levels + rows.first * in_features, packed + first * in_features, sums);
+    const uint8_t* x = levels + rows.first * in_features;
+    const int8_t* tile = packed + first * in_features;
+    if (rows.count == 1) {
+      sum_row(x, tile, in_features, sums);
+    } else {
+      at::native::cpublas::brgemm(rows.count, kTile, in_features, in_features, kTile, kTile, false, x, tile, sums);
+    }
   }
 };
 

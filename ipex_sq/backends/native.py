@@ -11,6 +11,7 @@ from ipex_sq.backends.base import DTYPES, Backend, Example
 from ipex_sq.backends.brgemm import rows_everywhere
 from ipex_sq.backends.compiling import compile_layers, compiler_problem
 from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
+from ipex_sq.backends.weight_memory import WeightMemory
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.models.topology import language_head
@@ -51,7 +52,9 @@ class NativeBackend(Backend):
         del example
         for name in plan.int8_names:
             replace_module(model, name, int8_linear(model, plan, name))
-        return finish_native(model, plan, dtype)
+        finish_native(model, plan, dtype)
+        _move_weights(model)
+        return model
 
 
 def int8_linear(model: nn.Module, plan: QuantPlan, name: str) -> Int8Linear:
@@ -86,6 +89,14 @@ def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
         )
     model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return compile_layers(model)
+
+
+def _move_weights(model: nn.Module) -> None:
+    linears = [item for item in model.modules() if isinstance(item, Int8Linear)]
+    weights = [item.row_weight for item in linears if item.row_weight is not None]
+    memory = WeightMemory(weight.shape for weight in weights)
+    for linear in linears:
+        linear.move_weight(memory)
 
 
 def cast_float(module: nn.Module, dtype: str) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ipex_sq.backends.brgemm import rows_everywhere
+from ipex_sq.backends.brgemm import packed_shape, rows_everywhere
 from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.native import NativeBackend, finish_native
+from ipex_sq.backends.weight_memory import WeightMemory
 from ipex_sq.checkpoint.integrity import check_folder
 from ipex_sq.checkpoint.plans import load_plan
 from ipex_sq.checkpoint.shards import Shards
@@ -97,17 +98,22 @@ class SavedModel:
         missing = [name for name, tensor in state.items() if id(tensor) not in loaded]
         if missing:
             raise self._misfit(missing)
+        give_freed_memory_back()  # of imports and of a tokenizer: there is no use for it here
         # The largest first: mapped and packed it is in memory twice, the others are not there yet.
-        for name in sorted(self.plan.int8_names, key=self._size, reverse=True):
-            replace_module(model, name, self._int8_linear(name))
+        names = sorted(self.plan.int8_names, key=self._size, reverse=True)
+        memory = WeightMemory(packed_shape(*self._shape(name)) for name in names)
+        for name in names:
+            replace_module(model, name, self._int8_linear(name, memory))
         finish_native(model, self.plan, self.manifest["dtype"])
         model.quant_plan = self.plan  # type: ignore[assignment]
         model.quant_dtype = self.manifest["dtype"]
         model.made_from = self.manifest["made_from"]
-        give_freed_memory_back()  # of imports and of loading: a tenth of a small model's process
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._shards.shapes.get(f"{name}.weight", (0, 0))
 
     def _size(self, name: str) -> int:
-        return math.prod(self._shards.shapes.get(f"{name}.weight", ()))
+        return math.prod(self._shape(name))
 
     def _int8_shapes(self, name: str, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors of the int8 form of a Linear whose weight has shape `weight`."""
@@ -124,7 +130,7 @@ class SavedModel:
         }
         return {f"{name}.{field}": shape for field, shape in shapes.items()}
 
-    def _int8_linear(self, name: str) -> Int8Linear:
+    def _int8_linear(self, name: str, memory: WeightMemory) -> Int8Linear:
         tensors = self._shards.read(f"{name}.")
         per_token = self.plan.linears[name].mode == DYNAMIC_INT8
         if "weight" in tensors and tensors["weight"].dtype != torch.int8:
@@ -132,7 +138,9 @@ class SavedModel:
         try:
             # Packed for both kernels, those per token would be twice in memory for a while.
             only_rows = per_token or rows_everywhere()
-            linear = Int8Linear.restored(tensors, per_token=per_token, only_rows=only_rows)
+            linear = Int8Linear.restored(
+                tensors, per_token=per_token, only_rows=only_rows, memory=memory
+            )
         except (KeyError, RuntimeError):
             raise self._misfit([f"{name}.{field}" for field in tensors] or [name]) from None
         # The plan's own, as where it was lowered: not the same numbers twice.

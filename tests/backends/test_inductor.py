@@ -71,7 +71,8 @@ def test_what_is_random_returned_or_has_memory_of_its_own_stays_twice():
 def _few_rows(generator, outputs, dtype=torch.float32, bias=True):
     """A function of levels, scale and zero point, and the tensors of its weight."""
     weight = torch.randint(-127, 128, (outputs, 8), dtype=torch.int8, generator=generator)
-    tensors = [pack_rows(weight), sum_rows(weight), torch.rand(outputs, generator=generator)]
+    packed = pack_rows(weight)
+    tensors = [packed, sum_rows(packed, outputs), torch.rand(outputs, generator=generator)]
     tensors += [torch.randn(outputs, generator=generator)] * bias
 
     def run(levels, scale, zero_point, packed, sums, scales, biases=None):

@@ -61,8 +61,8 @@ def test_the_largest_weights_are_packed_before_the_others_are_there(saved, monke
     sizes = []
     pack = assembling.SavedModel._int8_linear
 
-    def packed(self, name):
-        linear = pack(self, name)
+    def packed(self, name, memory):
+        linear = pack(self, name, memory)
         sizes.append(linear.weight.numel())
         return linear
 
@@ -91,15 +91,19 @@ def test_from_pretrained_computes_the_same_bits(family, dtype, batches, unseen, 
     assert {item.dtype for item in again.parameters()} == {next(model.parameters()).dtype}
 
 
-def test_memory_that_loading_has_freed_goes_back(saved, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(assembling, "give_freed_memory_back", lambda: loaded.append("trimmed"))
-    finish = assembling.finish_native
-    monkeypatch.setattr(
-        assembling, "finish_native", lambda *args: (finish(*args), loaded.append("finished"))
-    )
+def test_memory_freed_before_goes_back_before_weights_take_some(saved, monkeypatch):
+    done = []
+    monkeypatch.setattr(assembling, "give_freed_memory_back", lambda: done.append("given back"))
+    pack = assembling.SavedModel._int8_linear
+
+    def packed(self, *args):
+        done.append("packed")
+        return pack(self, *args)
+
+    monkeypatch.setattr(assembling.SavedModel, "_int8_linear", packed)
     AutoModelForCausalLM.from_pretrained(saved[1])
-    assert loaded == ["finished", "trimmed"]
+    assert done[0] == "given back"
+    assert set(done[1:]) == {"packed"}
 
 
 def test_a_model_of_from_pretrained_compiles_its_layers(saved, unseen):
