@@ -17,7 +17,7 @@ from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.models.topology import language_head
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.qparams import quantize_weight
-from ipex_sq.system import EXACT_INT8_ISA, int8_isa
+from ipex_sq.system import EXACT_INT8_ISA, give_freed_memory_back, int8_isa
 
 
 class NativeBackend(Backend):
@@ -97,6 +97,7 @@ def _move_weights(model: nn.Module) -> None:
     memory = WeightMemory(weight.shape for weight in weights)
     for linear in linears:
         linear.move_weight(memory)
+    give_freed_memory_back()  # where they were packed, and float weights before
 
 
 def cast_float(module: nn.Module, dtype: str) -> None:
