@@ -59,8 +59,9 @@ class ClassifierForward:
         every: Any = torch.nn.modules.module
         self._hooks += [every._global_forward_hooks, every._global_forward_pre_hooks]
 
+    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own."""
+        """As the model's own; what sets a `ContextVar` is no graph, what it calls may be."""
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         token = _ENOUGH.set(self._first_token if self._is_enough(named) else None)
         try:

@@ -55,6 +55,20 @@ def test_other_ways_to_generate_say_the_same(options):
     assert torch.equal(_generate(compile_layers(tiny_model("llama")), prompt, **options), wanted)
 
 
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {"use_cache": False}), ("llama", {}), ("bert", {})]
+)
+def test_compiling_the_whole_model_leaves_its_layers_as_they_are(batches, family, options):
+    torch._dynamo.reset()
+    model = quantize(tiny_model(family), batches, QuantConfig(backend="native"))
+    tokens = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        own = model(tokens, **options).logits
+        # Nothing of the compiler but what it traces: the same operations around the layers.
+        whole = torch.compile(model, backend="eager")(tokens, **options).logits
+    assert torch.equal(whole, own)
+
+
 def test_generated_tokens_run_the_kernel_of_few_rows(batches, monkeypatch):
     monkeypatch.setattr(native, "rows_everywhere", lambda: False)  # as with AMX
     called = []
