@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = ("brgemm.cpp", "levels.cpp", "attention.cpp")
 _HEADERS = (
-    *("vectors.h", "tile_output.h", "int8_product.h", "activation.h"),
+    *("vectors.h", "tile.h", "few_rows.h", "tile_output.h", "int8_product.h", "activation.h"),
     *("softmax.h", "step_attention.h"),
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in _SOURCES)

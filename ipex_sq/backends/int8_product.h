@@ -6,14 +6,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <optional>
 #include <vector>
 
+#include "few_rows.h"
 #include "tile_output.h"
 
 namespace ipex_sq {
@@ -36,25 +34,6 @@ inline at::Tensor empty_output(const at::Tensor& x, int64_t out_features, at::Sc
 struct Rows {
   int64_t first, count;
 };
-
-constexpr int64_t kFetchedAhead = 4096; // bytes of a weight: memory answers within the time they take
-
-// Sums [64] of one row of levels with a tile, `weight`. They take as long as memory gives the tile,
-// for which brgemm asks too late.
-inline void sum_row(const uint8_t* levels, const int8_t* weight, int64_t in_features, int32_t* sums) {
-  __m512i of[kVectors] = {};
-  for (int64_t k = 0; k < in_features; k += 4) {
-    int32_t four;
-    std::memcpy(&four, levels + k, sizeof(four));
-    const __m512i x = _mm512_set1_epi32(four);
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const int8_t* line = weight + k * kTile + v * kLine;
-      _mm_prefetch(reinterpret_cast<const char*>(line + kFetchedAhead), _MM_HINT_T0);
-      of[v] = _mm512_dpbusd_epi32(of[v], x, _mm512_loadu_si512(line));
-    }
-  }
-  for (int64_t v = 0; v < kVectors; ++v) _mm512_storeu_si512(sums + v * kVector, of[v]);
-}
 
 // A weight, packed [out / 64, in / 4, 64, 4] int8, and what its sums are scaled by.
 struct Int8Weight {
@@ -85,8 +64,8 @@ struct Int8Weight {
   void sum(const uint8_t* levels, int64_t in_features, Rows rows, int64_t first, int32_t* sums) const {
     const uint8_t* x = levels + rows.first * in_features;
     const int8_t* tile = packed + first * in_features;
-    if (rows.count == 1) {
-      sum_row(x, tile, in_features, sums);
+    if (rows.count <= kMostFetched) {
+      kSumFetched[rows.count - 1](x, tile, in_features, sums);
     } else {
       at::native::cpublas::brgemm(rows.count, kTile, in_features, in_features, kTile, kTile, false, x, tile, sums);
     }
@@ -111,6 +90,11 @@ inline std::vector<Int8Weight> int8_weights(
   return weights;
 }
 
+// What sums are kept in: no vector of them lies in two lines of the cache.
+struct alignas(kLine) Line {
+  int32_t words[kVector];
+};
+
 // Calls work(tile, rows, scratch) for all tiles and blocks of rows; scratch holds the sums of
 // `products` products.
 template <typename Work>
@@ -118,13 +102,13 @@ void over_tiles(int64_t tiles, int64_t rows, int64_t products, const Work& work)
   const int64_t blocks = (rows + kRowsPerCall - 1) / kRowsPerCall;
   // A group of tiles stays in the cache for all blocks of rows, and a block for the tiles of a group.
   at::parallel_for(0, tiles * blocks, kTilesPerGroup, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> sums(products * std::min(rows, kRowsPerCall) * kTile);
+    std::vector<Line> sums(products * std::min(rows, kRowsPerCall) * kVectors);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / (kTilesPerGroup * blocks) * kTilesPerGroup; // its first tile
       const int64_t width = std::min(kTilesPerGroup, tiles - group);
       const int64_t place = task - group * blocks;
       const int64_t row = place / width * kRowsPerCall;
-      work(group + place % width, Rows{row, std::min(kRowsPerCall, rows - row)}, sums.data());
+      work(group + place % width, Rows{row, std::min(kRowsPerCall, rows - row)}, sums.front().words);
     }
     end_of_stream();
     at::native::cpublas::brgemm_release();

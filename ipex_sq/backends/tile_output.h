@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "vectors.h"
+#include "tile.h"
 
 namespace ipex_sq {
 
@@ -20,9 +20,6 @@ using at::BFloat16;
 using Floats = at::vec::Vectorized<float>;
 using Integers = at::vec::Vectorized<int32_t>;
 
-constexpr int64_t kTile = 64; // columns of one call of brgemm
-constexpr int64_t kVectors = kTile / kVector;
-constexpr int64_t kLine = 64; // bytes that memory is written in
 constexpr int64_t kBeyondCaches = int64_t(64) << 20; // bytes
 
 // Whether rows of `width` numbers are written past the caches. An output that no cache holds would

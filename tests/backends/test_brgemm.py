@@ -58,6 +58,26 @@ def test_a_packed_weight_is_the_weight(rows):
     assert torch.equal(sum_rows(packed, rows), weight.double().sum(dim=1).int())
 
 
+@pytest.mark.parametrize("rows", [*range(1, 9), 64, 65, 70])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_integers_are_those_integers(shape, rows):
+    weight = torch.randint(-127, 128, shape, dtype=torch.int8)
+    levels = torch.randint(0, 256, (rows, shape[1]), dtype=torch.uint8)
+    one, zero = torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
+    packed = pack_rows(weight)
+    product = torch.ops.ipex_sq.int8_rows(
+        levels,
+        one,
+        zero,
+        packed,
+        sum_rows(packed, len(weight)),
+        torch.ones(shape[0]),
+        None,
+        one.dtype,
+    )
+    assert torch.equal(product.double(), levels.double() @ weight.double().t())
+
+
 def test_packing_takes_little_more_memory_than_the_packed_weight():
     weight = torch.zeros(2**16, 512, dtype=torch.int8)  # 32 MiB
     reset_peak_rss()
