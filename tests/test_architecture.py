@@ -21,6 +21,8 @@ LEVELS = [
     {"streaming"},
     {"checkpoint"},
     {"backends"},
+    {"compiling"},
+    {"kernels"},
     {"models", "data"},
     {"recipe"},
     {"review_config", "benchmark_config"},

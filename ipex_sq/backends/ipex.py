@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.backends.base import DTYPES, Backend, Example
-from ipex_sq.backends.brgemm import brgemm_built
-from ipex_sq.backends.compiling import compiler_problem
-from ipex_sq.backends.head import widen_logits
 from ipex_sq.backends.native import int8_linear
+from ipex_sq.compiling.compiled_layers import compiler_problem
 from ipex_sq.errors import BackendUnavailableError, NumericalCheckError
+from ipex_sq.kernels.brgemm import brgemm_built
+from ipex_sq.kernels.head import widen_logits
 from ipex_sq.models.body import BodyForTracing, ReplacedBody, replace_body
 from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8, LinearPlan, PreScale, QuantPlan

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ipex_sq.backends.base import DTYPES, Backend, Example
-from ipex_sq.backends.brgemm import rows_everywhere
-from ipex_sq.backends.compiling import compile_layers, compiler_problem
-from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
-from ipex_sq.backends.weight_memory import WeightMemory
+from ipex_sq.compiling.compiled_layers import compile_layers, compiler_problem
 from ipex_sq.errors import ConfigError
+from ipex_sq.kernels.brgemm import rows_everywhere
+from ipex_sq.kernels.int8_linear import INPUT_BUFFERS, Int8Linear
+from ipex_sq.kernels.weight_memory import WeightMemory
 from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.models.topology import language_head
 from ipex_sq.recipe.plan import QuantPlan

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.first_token import find_first_token, give_values
 from ipex_sq.models.topology import quantizable_linears
 from ipex_sq.recipe.qparams import ActivationQParams

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ipex_sq.backends.brgemm import packed_shape, rows_everywhere
-from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.native import NativeBackend, finish_native
-from ipex_sq.backends.weight_memory import WeightMemory
 from ipex_sq.checkpoint.integrity import check_folder
 from ipex_sq.checkpoint.plans import load_plan
 from ipex_sq.checkpoint.shards import Shards
 from ipex_sq.errors import CheckpointError
+from ipex_sq.kernels.brgemm import packed_shape, rows_everywhere
+from ipex_sq.kernels.int8_linear import Int8Linear
+from ipex_sq.kernels.weight_memory import WeightMemory
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import replace_module
 from ipex_sq.recipe.plan import DYNAMIC_INT8

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.backends.base import DTYPES
-from ipex_sq.backends.int8_linear import INPUT_BUFFERS, Int8Linear
 from ipex_sq.checkpoint.folders import COMPRESSED_TENSORS
 from ipex_sq.checkpoint.saving import stored_tensors, write_folder
 from ipex_sq.checkpoint.shards import MAX_SHARD_SIZE, write_shards
 from ipex_sq.errors import ConfigError
+from ipex_sq.kernels.int8_linear import INPUT_BUFFERS, Int8Linear
 from ipex_sq.recipe.plan import FLOAT, QuantPlan
 from ipex_sq.recipe.portable import check_portable
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ipex_sq import __version__
 from ipex_sq.backends.base import DTYPES
-from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.ipex import (
     IpexBackend,
     load_graph,
@@ -37,6 +36,7 @@ from ipex_sq.checkpoint.integrity import check_file, check_folder, check_transfo
 from ipex_sq.checkpoint.plans import load_plan, save_plan
 from ipex_sq.checkpoint.shards import MAX_SHARD_SIZE, Shards, write_shards
 from ipex_sq.errors import CheckpointError, ConfigError
+from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.body import ReplacedBody
 from ipex_sq.models.loading import load_quantized, skeleton, task_of
 from ipex_sq.recipe.plan import QuantPlan

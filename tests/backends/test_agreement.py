@@ -7,13 +7,13 @@ import torch
 from conftest import CORE_FAMILIES, INT8_BACKENDS, LANE, logits_of, relative_error
 
 from ipex_sq import load, save
-from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.ipex import IpexBackend
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.quantization import plan, quantize, quantize_model, rounding
 from ipex_sq.backends.registry import available_backends, choose_backend
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import BackendUnavailableError, ConfigError
+from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.folding import apply_smoothing
 from ipex_sq.models.tiny import tiny_model

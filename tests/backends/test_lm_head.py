@@ -5,10 +5,10 @@ import torch
 from conftest import logits_of, relative_error
 
 from ipex_sq import load, save
-from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.quantization import quantize
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import ConfigError, UnsupportedModelError
+from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.tiny import tiny_model
 from ipex_sq.models.topology import find_topology, language_head

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ipex_sq.backends.brgemm import brgemm_built
 from ipex_sq.benchmarking.session import _kind
+from ipex_sq.kernels.brgemm import brgemm_built
 from ipex_sq.system import usable_flags
 
 KINDS = {

@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from ipex_sq import load, save
-from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.quantization import quantize
 from ipex_sq.checkpoint import assembling
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CheckpointError, ConfigError
+from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.layers import find_layers
 from ipex_sq.models.tiny import tiny_model
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from ipex_sq import QuantConfig, quantize
-from ipex_sq.backends.brgemm import MOST_ROWS, brgemm_built
-from ipex_sq.backends.inductor import SharedWork, inductor
-from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.compiling.inductor import SharedWork, inductor
+from ipex_sq.kernels.brgemm import MOST_ROWS, brgemm_built
+from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.running import run_model
 from ipex_sq.models.tiny import tiny_model
 from ipex_sq.recipe.plan import PreScale

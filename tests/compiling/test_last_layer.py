@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from ipex_sq import QuantConfig, quantize
-from ipex_sq.backends import compiling
-from ipex_sq.backends.compiling import compile_layers
 from ipex_sq.backends.native import NativeBackend
+from ipex_sq.compiling import compiled_layers as compiling
+from ipex_sq.compiling.compiled_layers import compile_layers
 from ipex_sq.models.layers import find_layers
 from ipex_sq.models.tiny import HIDDEN, VOCABULARY, tiny_model
 

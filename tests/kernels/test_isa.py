@@ -13,7 +13,7 @@ from ipex_sq.system import int8_isa
 ROOT = Path(__file__).parents[2]
 PRODUCT = """
 import torch
-from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.recipe.qparams import ActivationQParams
 weight = torch.full((16, 256), 127, dtype=torch.int8)
 weight[1::2] = -127
@@ -30,12 +30,12 @@ ROWS = (
     .replace("found.double()", "found[:, 0].double()")
 )
 BUILT = """
-from ipex_sq.backends.brgemm import brgemm_built
+from ipex_sq.kernels.brgemm import brgemm_built
 print(brgemm_built())
 """
 LOGITS = """
 import torch
-from ipex_sq.backends.head import WideHead
+from ipex_sq.kernels.head import WideHead
 torch.manual_seed(0)
 linear = torch.nn.Linear(64, 100, bias=False, dtype=torch.bfloat16).requires_grad_(False)
 x = torch.randn(40, 64).bfloat16()

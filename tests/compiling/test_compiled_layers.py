@@ -6,9 +6,9 @@ from torch import nn
 
 from ipex_sq import QuantConfig, quantize
 from ipex_sq.backends import native
-from ipex_sq.backends.brgemm import MOST_ROWS
-from ipex_sq.backends.compiling import compile_layers
-from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.compiling.compiled_layers import compile_layers
+from ipex_sq.kernels.brgemm import MOST_ROWS
+from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.running import run_model
 from ipex_sq.models.tiny import tiny_model
 from ipex_sq.system import int8_isa

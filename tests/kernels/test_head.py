@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ipex_sq.backends import head
-from ipex_sq.backends.head import WideHead, widen_logits
+from ipex_sq.kernels import head
+from ipex_sq.kernels.head import WideHead, widen_logits
 from ipex_sq.models.tiny import tiny_model
 from ipex_sq.system import has_bf16_instructions
 

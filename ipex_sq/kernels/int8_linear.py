@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ipex_sq.backends import onednn_linear  # noqa: F401, its operator
-from ipex_sq.backends.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
-from ipex_sq.backends.weight_memory import WeightMemory
+from ipex_sq.kernels import onednn_linear  # noqa: F401, its operator
+from ipex_sq.kernels.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
+from ipex_sq.kernels.weight_memory import WeightMemory
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
     ACTIVATION_LEVELS,

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ipex_sq.backends import attention
-from ipex_sq.backends import inductor as layers
-from ipex_sq.backends.attention import (
+from ipex_sq.compiling import inductor as layers
+from ipex_sq.compiling.inductor import inductor
+from ipex_sq.kernels import attention
+from ipex_sq.kernels.attention import (
     MOST_TOKENS,
     MOST_TOKENS_OF_MATMULS,
     short_attention,
 )
-from ipex_sq.backends.inductor import inductor
 from ipex_sq.system import has_bf16_instructions
 
 BATCH, HEADS, SIZE = 3, 4, 16

@@ -7,10 +7,10 @@ import torch
 import transformers
 from torch import nn
 
-from ipex_sq.backends import stepping
-from ipex_sq.backends.brgemm import MOST_ROWS
-from ipex_sq.backends.compiling import compile_layers
-from ipex_sq.backends.layer_kind import kind_of
+from ipex_sq.compiling import stepping
+from ipex_sq.compiling.compiled_layers import compile_layers
+from ipex_sq.compiling.layer_kind import kind_of
+from ipex_sq.kernels.brgemm import MOST_ROWS
 from ipex_sq.models.caching import SPARE, Room, keep_token, past_of, room_for_one
 from ipex_sq.models.layers import find_layers
 from ipex_sq.models.tiny import DECODERS, tiny_model

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from ipex_sq.backends import brgemm, int8_linear
-from ipex_sq.backends.brgemm import MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
-from ipex_sq.backends.int8_linear import Int8Linear
+from ipex_sq.kernels import brgemm, int8_linear
+from ipex_sq.kernels.brgemm import MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
+from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
     SMALLEST_SCALE,
@@ -89,7 +89,7 @@ def test_packing_takes_little_more_memory_than_the_packed_weight():
 
 
 BUILD = """
-from ipex_sq.backends.brgemm import build_directory, brgemm_built
+from ipex_sq.kernels.brgemm import build_directory, brgemm_built
 build_directory().mkdir(parents=True)
 (build_directory() / "lock").touch()
 assert brgemm_built()
@@ -137,7 +137,7 @@ def test_a_width_that_fills_no_group_of_four_stays_with_the_library():
 
 
 OLDER_CPU = """
-from ipex_sq.backends import brgemm
+from ipex_sq.kernels import brgemm
 brgemm.FLAGS = [flag.replace("march=native", "march=cascadelake") for flag in brgemm.FLAGS]
 assert brgemm.brgemm_built()
 """
@@ -151,7 +151,7 @@ def test_cpus_that_do_not_multiply_bf16_have_the_int8_kernels(tmp_path):
 def test_many_threads_may_be_the_first():
     code = """
 from concurrent.futures import ThreadPoolExecutor
-from ipex_sq.backends.brgemm import brgemm_built
+from ipex_sq.kernels.brgemm import brgemm_built
 with ThreadPoolExecutor(8) as pool:
     print(all(pool.map(lambda _: brgemm_built(), range(8))))
 """

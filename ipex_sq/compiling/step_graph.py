@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
-from ipex_sq.backends.brgemm import MOST_ROWS
-from ipex_sq.backends.step_call import (
+from ipex_sq.compiling.step_call import (
     CAPACITY,
     TEXTS,
     TOKENS,
@@ -29,6 +28,7 @@ from ipex_sq.backends.step_call import (
     StepCall,
     shape_of,
 )
+from ipex_sq.kernels.brgemm import MOST_ROWS
 from ipex_sq.models.caching import LayerCache
 
 MOST_TOKENS = 2**20
@@ -167,7 +167,7 @@ def compile_step(layer: nn.Module, forward: Callable[..., Any], call: StepCall) 
     Raises:
         Exception: Of torch.export or of the layer's code, where it is none that can be a graph.
     """
-    from ipex_sq.backends.inductor import inductor
+    from ipex_sq.compiling.inductor import inductor
 
     sizes = call.sizes()
     texts = next(span for span in _TEXTS if span[0] <= call.texts <= span[1])

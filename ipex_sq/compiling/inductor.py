@@ -12,8 +12,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 
-from ipex_sq.backends import attention
-from ipex_sq.backends.rounded_outputs import rounded_outputs
+from ipex_sq.compiling.rounded_outputs import rounded_outputs
+from ipex_sq.kernels import attention
 
 VERSION = "ipex_sq layers 8"
 """Part of Inductor's cache key: to be changed with `short_attention` and the passes below."""

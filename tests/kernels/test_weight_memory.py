@@ -10,11 +10,11 @@ import torch
 from conftest import logits_of
 
 from ipex_sq import load, save
-from ipex_sq.backends.brgemm import rows_everywhere
-from ipex_sq.backends.int8_linear import Int8Linear
 from ipex_sq.backends.quantization import quantize
-from ipex_sq.backends.weight_memory import WeightMemory
 from ipex_sq.config import QuantConfig
+from ipex_sq.kernels.brgemm import rows_everywhere
+from ipex_sq.kernels.int8_linear import Int8Linear
+from ipex_sq.kernels.weight_memory import WeightMemory
 from ipex_sq.models.tiny import tiny_model
 
 LINE = 64

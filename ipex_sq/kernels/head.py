@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ipex_sq.backends.brgemm import brgemm_built
+from ipex_sq.kernels.brgemm import brgemm_built
 from ipex_sq.models.body import output_head
 from ipex_sq.system import has_bf16_instructions
 

@@ -3,8 +3,8 @@
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ipex_sq.backends.brgemm import brgemm_built, pack_rows, sum_rows
-from ipex_sq.backends.inductor import every_operation_once, inductor, products_together
+from ipex_sq.compiling.inductor import every_operation_once, inductor, products_together
+from ipex_sq.kernels.brgemm import brgemm_built, pack_rows, sum_rows
 
 
 def _graph(function, *inputs):

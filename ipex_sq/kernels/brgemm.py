@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ipex_sq.backends.weight_memory import WeightMemory
+from ipex_sq.kernels.weight_memory import WeightMemory
 from ipex_sq.system import cache_directory, cpu_flags, int8_isa, usable_flags
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_sq.backends.brgemm import MOST_ROWS
-from ipex_sq.backends.head import widen_logits
-from ipex_sq.backends.last_layer import ClassifierForward, CutLayer
-from ipex_sq.backends.stepping import LayerStep, StepGraphs
+from ipex_sq.compiling.last_layer import ClassifierForward, CutLayer
+from ipex_sq.compiling.stepping import LayerStep, StepGraphs
+from ipex_sq.kernels.brgemm import MOST_ROWS
+from ipex_sq.kernels.head import widen_logits
 from ipex_sq.models.caching import is_cache, layer_index, past_of
 from ipex_sq.models.first_token import find_first_token
 from ipex_sq.models.layers import find_layers
@@ -114,7 +114,7 @@ class _CompiledForward:
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    from ipex_sq.backends.inductor import inductor
+    from ipex_sq.compiling.inductor import inductor
 
     compiled: Callable[..., Any] = torch.compile(function, dynamic=True, backend=inductor)
     return compiled

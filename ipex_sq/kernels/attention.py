@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipex_sq.backends.brgemm import brgemm_built
+from ipex_sq.kernels.brgemm import brgemm_built
 from ipex_sq.system import has_bf16_instructions
 
 MOST_TOKENS = 2048

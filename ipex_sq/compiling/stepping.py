@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from ipex_sq.backends.layer_kind import kind_of
-from ipex_sq.backends.step_call import StepCall
-from ipex_sq.backends.step_graph import StepGraph, compile_step, place_of
+from ipex_sq.compiling.layer_kind import kind_of
+from ipex_sq.compiling.step_call import StepCall
+from ipex_sq.compiling.step_graph import StepGraph, compile_step, place_of
 from ipex_sq.models.caching import LayerCache, keep_token, past_of, room_for_one, with_cache
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Compiling: repeated layers as graphs, for whole texts and for one more token of each."""
