@@ -26,7 +26,7 @@ LEVELS = [
     {"models", "data"},
     {"recipe"},
     {"review_config", "benchmark_config"},
-    {"config", "system", "hub", "distributed"},
+    {"config", "system", "hub", "distributed", "logs"},
     {"errors"},
 ]
 ONLY_IMPORTER = {

@@ -6,10 +6,8 @@ the others have their turn.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -17,6 +15,7 @@ from typing import Any
 
 from ipex_sq.benchmarking.cores import pinned
 from ipex_sq.errors import IpexSqError, ResourceError
+from ipex_sq.logs import quiet_libraries
 
 PATIENCE_S = 10.0
 """Time that an idle process gets to end."""
@@ -94,8 +93,7 @@ class Worker:
 
 def _serve(connection: Connection, factory: Callable[[], Any]) -> None:
     """Make the object, say so, and answer until the other end closes."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    quiet_libraries()
     made: list[Any] = []
     _answer(connection, lambda: made.append(factory()))
     while made:

@@ -7,13 +7,13 @@ import logging
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ipex_sq.distributed import joined, rank
 from ipex_sq.errors import ConfigError, IpexSqError
+from ipex_sq.logs import quiet_libraries
 
 Command = Callable[[Sequence[str]], None]
 
@@ -48,11 +48,7 @@ def configure_logging() -> None:
     if not first:  # tqdm is silent where there is no terminal
         sys.stderr.isatty = lambda: False  # type: ignore[method-assign]
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    for chatty in ("httpx", "huggingface_hub", "datasets", "transformers", "torchao"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's search for a GPU
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet_libraries()
 
 
 def show(table: str, result: dict[str, Any], output: Path | None) -> None:
