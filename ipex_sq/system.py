@@ -134,11 +134,17 @@ def has_bf16_instructions() -> bool:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages of the field that are installed."""
-    versions = {"python": platform.python_version()}
-    for name in VERSIONED_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+    found = {name: installed_version(name) for name in VERSIONED_PACKAGES}
+    installed = {name: version for name, version in found.items() if version is not None}
+    return {"python": platform.python_version(), **installed}
+
+
+def installed_version(package: str) -> str | None:
+    """Version of a package, without importing it; None where it is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def command_line() -> str:

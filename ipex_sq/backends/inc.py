@@ -21,12 +21,12 @@ from tqdm import tqdm
 from ipex_sq.backends.ipex import (
     IpexBackend,
     count_int8_linears,
-    installed_version,
-    quiet,
+    quiet_ipex,
     tracing_inputs,
 )
 from ipex_sq.models.body import LogitsForTracing, in_order
 from ipex_sq.recipe.batching import Batch, rows_of
+from ipex_sq.system import installed_version
 
 PACKAGE = "neural_compressor_pt"
 DEFAULT_ALPHA = 0.5
@@ -128,7 +128,7 @@ def _silenced() -> Iterator[None]:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with quiet():
+        with quiet_ipex():
             yield
     finally:
         logging.disable(previous)

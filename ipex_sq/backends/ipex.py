@@ -13,7 +13,6 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8, LinearPlan, PreScale, QuantPlan
 from ipex_sq.recipe.qparams import ActivationQParams
 from ipex_sq.recipe.splitting import append_rest, before_parts
-from ipex_sq.system import int8_isa, keep_freed_memory, usable_flags
+from ipex_sq.system import installed_version, int8_isa, keep_freed_memory, usable_flags
 
 PACKAGE = "intel_extension_for_pytorch"
 IPEX_VERSION = "2.8"
@@ -137,11 +136,11 @@ class IpexBackend(Backend):
             linear, prescale = smoothed_linear(model, name), plan.prescale_of(name)
             replace_module(model, name, PreparedInput(linear, prescale, activation))
         body = BodyForTracing(model.base_model, names).eval()  # type: ignore[arg-type]
-        with quiet(), torch.no_grad(), _autocast(dtype):
+        with quiet_ipex(), torch.no_grad(), _autocast(dtype):
             frozen = _graph(body, plan, inputs, str(model.base_model_prefix))
         # Outside autocast, as it will be called: the executor profiles each setting anew, and
         # until then bf16 bits differ from call to call.
-        with quiet():
+        with quiet_ipex():
             warm_up(frozen, inputs)
         return with_graph(model, frozen, dtype, names)
 
@@ -223,11 +222,9 @@ def warm_up(graph: Any, inputs: tuple[Any, ...]) -> Any:
 
 
 def load_graph(path: Path) -> Any:
-    """Read a saved graph (after IPEX's operators and our own, which it may call)."""
+    """Read a saved graph, after IPEX's operators and our own, which it may call."""
     brgemm_built()
-    with quiet():
-        import intel_extension_for_pytorch  # noqa: F401
-
+    with quiet_ipex():
         return torch.jit.freeze(torch.jit.load(str(path)).eval())
 
 
@@ -280,21 +277,18 @@ def _autocast(dtype: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def installed_version(package: str) -> str | None:
-    """Version of a package, without importing it; None where it is missing."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep IPEX's and the tracer's notes (folding hints, tensor-to-bool) off the user's screen."""
-    logger = logging.getLogger("IPEX")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet_ipex() -> Iterator[None]:
+    """Import IPEX; its and the tracer's notes (folding hints, tensor-to-bool) are not shown."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
-    logger.setLevel(level)
+        # Before its logger is asked for, which is of a class that IPEX brings.
+        import intel_extension_for_pytorch  # noqa: F401
+
+        logger = logging.getLogger("IPEX")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
