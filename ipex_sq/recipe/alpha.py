@@ -22,9 +22,8 @@ from ipex_sq.recipe.qparams import (
     ActivationQParams,
     activation_qparams,
     int8_sums,
-    quantize_weight,
     round_rows,
-    weight_scale,
+    round_weight,
 )
 from ipex_sq.recipe.samples import GroupSample
 from ipex_sq.recipe.smoothing import column_absmax, shared_absmax, smoothing_scale
@@ -230,12 +229,10 @@ class GroupCosts:
         inputs, sample = self._inputs, self._sample
         scale, channels = (None, None) if alpha is None else inputs.smoothing(alpha)
         rows = sample.inputs if scale is None else sample.inputs / scale
-        weight = self._stacked if scale is None else self._stacked * scale
-        steps = weight_scale(weight)
+        weight_levels, steps = round_weight(self._stacked, scale)
         static = mode == STATIC_INT8
         activation = inputs.activation(scale, channels, headroom) if static else None
         levels, zero_point, step = round_rows(rows, activation, channels)
-        weight_levels = append_copies(quantize_weight(weight, steps), channels)
-        sums = int8_sums(levels, zero_point, weight_levels)
+        sums = int8_sums(levels, zero_point, append_copies(weight_levels, channels))
         projected = sums.mul_(steps).mul_(step).mul_(sample.gradients).sum(dim=1)
         return sample.expected_kl(projected - self._wanted)

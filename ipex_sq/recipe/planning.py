@@ -263,7 +263,7 @@ def _plan_linears(
             reason,
             item.group.key,
             activation,
-            weight_scale(weight if item.scale is None else weight * item.scale),
+            weight_scale(weight, item.scale),
         )
         for name, weight in zip(item.group.readers, inputs.weights, strict=True)
     }

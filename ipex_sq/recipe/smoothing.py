@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ipex_sq.recipe.row_blocks import row_blocks
+
 SMALLEST_ABSMAX = 1e-5
 """Floor of both absmax vectors, as in the authors' code: a dead channel must not divide by zero."""
 
@@ -33,7 +35,8 @@ def smoothing_scale(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> 
 
 def column_absmax(weights: Sequence[Tensor]) -> Tensor:
     """Largest absolute value `[in_features]` of each column over `[out_i, in_features]` weights."""
-    return torch.stack([weight.detach().float().abs().amax(dim=0) for weight in weights]).amax(0)
+    blocks = [rows for weight in weights for rows in row_blocks(weight)]
+    return torch.stack([rows.float().abs().amax(dim=0) for rows in blocks]).amax(dim=0)
 
 
 def shared_absmax(absmax: Tensor, producer_channels: Tensor | None) -> Tensor:

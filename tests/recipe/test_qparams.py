@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ipex_sq.recipe import qparams
+from ipex_sq.recipe import qparams, row_blocks
 from ipex_sq.recipe.qparams import (
     activation_qparams,
     fake_quantize_activation,
@@ -9,6 +9,7 @@ from ipex_sq.recipe.qparams import (
     int8_sums,
     quantize_activation,
     quantize_weight,
+    round_weight,
     weight_scale,
 )
 from ipex_sq.system import int8_isa
@@ -48,6 +49,20 @@ def test_weights_use_the_whole_symmetric_range_of_each_row():
     assert levels.abs().amax(dim=1).tolist() == [127] * 6
     error = (fake_quantize_weight(weight, scale) - weight).abs()
     assert bool((error <= scale[:, None] / 2 * (1 + 1e-4)).all())
+
+
+@pytest.mark.parametrize("together", [1, 3, 6, 100])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_weights_rounded_a_few_rows_at_a_time_are_the_same(monkeypatch, together, smoothed):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 20, generator=generator) * torch.logspace(-3, 2, 7)[:, None]
+    smoothing = torch.logspace(-2, 2, 20) if smoothed else None
+    whole = weight * smoothing if smoothed else weight
+    monkeypatch.setattr(row_blocks, "NUMBERS_IN_CACHE", 20 * together)
+    levels, scale = round_weight(weight, smoothing)
+    assert torch.equal(scale, whole.abs().amax(dim=1) / 127)
+    assert torch.equal(scale, weight_scale(weight, smoothing))
+    assert torch.equal(levels, quantize_weight(whole, scale))
 
 
 def test_an_all_zero_row_stays_zero():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ipex_sq.recipe import row_blocks
 from ipex_sq.recipe.observers import LinearStats
 from ipex_sq.recipe.smoothing import column_absmax, smoothing_scale
 
@@ -21,6 +22,13 @@ def test_alpha_half_balances_activations_and_weights():
     x, weight = _random(10, 16, 0) * torch.logspace(0, 3, 16), _random(8, 16, 1)
     scale = smoothing_scale(x.abs().amax(0), column_absmax([weight]), 0.5)
     torch.testing.assert_close((x / scale).abs().amax(0), (weight * scale).abs().amax(0))
+
+
+def test_absmax_of_columns_is_over_all_rows_of_all_readers(monkeypatch):
+    monkeypatch.setattr(row_blocks, "NUMBERS_IN_CACHE", 32)
+    first, second = _random(7, 16, 0), _random(2, 16, 1)
+    wanted = torch.cat((first, second)).abs().amax(dim=0)
+    assert torch.equal(column_absmax([first, second]), wanted)
 
 
 def test_dead_channels_keep_scale_one():

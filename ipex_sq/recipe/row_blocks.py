@@ -1,0 +1,13 @@
+"""Weights a few rows at a time, so that what is done to them stays in the CPU's cache."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+NUMBERS_IN_CACHE = 2**20
+"""4 MiB in fp32, and what is made of them; measured in docs/log.md."""
+
+
+def row_blocks(weight: Tensor) -> tuple[Tensor, ...]:
+    """Views of `weight` `[out_features, in_features]` with some of its rows each, in order."""
+    return weight.detach().split(max(1, NUMBERS_IN_CACHE // weight.shape[1]))
