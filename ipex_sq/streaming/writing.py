@@ -10,11 +10,13 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ipex_sq.backends.native import cast_float, int8_linear
 from ipex_sq.checkpoint.saving import stored_tensors, write_folder
 from ipex_sq.checkpoint.shards import shard_names, write_index, write_safetensors
+from ipex_sq.models.body import logits_at
 from ipex_sq.models.folding import apply_smoothing, replace_module
 from ipex_sq.models.rounding import round_weights
 from ipex_sq.recipe.plan import QuantPlan
@@ -128,7 +130,9 @@ def _write_block(findings: Findings, plan: QuantPlan, block: tuple[int, str], dt
     part = plan.part(group.key for group in findings.groups_of(path))
     with streamed.block(path) as module:
         example = repeat(findings.example_input(index))
-        with streamed.feeding(path, example, lambda _output: None):
+        feeding = streamed.feeding(path, example, lambda _output: None)
+        # The head is the same after every block, and a large one takes longer than the block.
+        with feeding, logits_at(model, torch.zeros(1, dtype=torch.long)):
             part, change = apply_smoothing(model, part, findings.example)
         stats = findings.stats(path, findings.rounding_samples(index))
         round_weights(model, part, stats)
