@@ -18,6 +18,7 @@ from torch import nn
 
 from ipex_sq.compiling.last_layer import ClassifierForward, CutLayer
 from ipex_sq.compiling.stepping import LayerStep, StepGraphs
+from ipex_sq.kernels.attention import kernel_for_attention
 from ipex_sq.kernels.brgemm import MOST_ROWS
 from ipex_sq.kernels.head import widen_logits
 from ipex_sq.models.caching import is_cache, layer_index, past_of
@@ -104,7 +105,8 @@ class _CompiledForward:
         past = past_of(named[name], self._index)
         # Gradients need each step's keys and values as they were, not a buffer that is written to.
         if self._index is None or past is None or shape[-2] != 1 or torch.is_grad_enabled():
-            return self._eager(*args, **kwargs)
+            with kernel_for_attention():
+                return self._eager(*args, **kwargs)
         if self._unprepared and shape[0] <= MOST_ROWS:
             for module in self._unprepared:
                 module.keep_rows()

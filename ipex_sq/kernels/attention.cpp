@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <tuple>
 #include <vector>
@@ -198,7 +199,50 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> short_attention(
   return {output.transpose(1, 2), largest, sums};
 }
 
+// A mode of PyTorch's dispatcher that nothing in PyTorch uses: of an extension that is no more.
+constexpr auto kMode = c10::DispatchKey::DeferredInit;
+
+thread_local int64_t most_tokens = 0;
+
+// From now on this thread's attention of up to `most` tokens is `short_attention`, without its models'
+// code being changed; 0 ends it. It has no gradients.
+void replace_attention(int64_t most) {
+  most_tokens = most;
+  c10::impl::tls_set_dispatch_key_included(kMode, most > 0);
+}
+
+// In the place of PyTorch's operator of that name, in the mode.
+std::tuple<at::Tensor, at::Tensor> attention_in_mode(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    double dropout_p,
+    bool causal,
+    const std::optional<at::Tensor>& mask,
+    std::optional<double> scale) {
+  const c10::impl::ExcludeDispatchKeyGuard outside(kMode);
+  const int64_t size = query.size(3);
+  const double factor = scale.value_or(1 / std::sqrt(static_cast<double>(size)));
+  const bool few = query.size(2) == 1 || std::max(query.size(2), key.size(2)) <= most_tokens;
+  const bool suits = query.scalar_type() == at::kBFloat16 && dropout_p == 0 && size % 2 == 0 && factor > 0;
+  if (!few || !suits) {
+    return at::_scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, causal, mask, scale);
+  }
+  std::optional<at::Tensor> added = mask;
+  while (added && added->dim() < 4) added = added->unsqueeze(0);
+  const auto [output, largest, sums] = short_attention(query, key, value, added, causal, factor);
+  return {output, largest + sums.log()};
+}
+
 } // namespace
+
+TORCH_LIBRARY_IMPL(_, DeferredInit, library) {
+  library.fallback(torch::CppFunction::makeFallthrough());
+}
+
+TORCH_LIBRARY_IMPL(aten, DeferredInit, library) {
+  library.impl("_scaled_dot_product_flash_attention_for_cpu", attention_in_mode);
+}
 
 #endif
 
@@ -208,5 +252,6 @@ TORCH_LIBRARY_FRAGMENT(ipex_sq, library) {
       "float scale) -> (Tensor, Tensor, Tensor)");
 #ifdef __AVX512BF16__
   library.impl("short_attention", torch::dispatch(c10::DispatchKey::CPU, short_attention));
+  library.def("replace_attention(int most_tokens) -> ()", replace_attention);
 #endif
 }

@@ -1,15 +1,17 @@
-"""Attention of short sequences in compiled bf16 layers.
+"""Attention of short sequences in bf16 layers.
 
 Up to 2048 tokens one kernel of our own (`attention.cpp`), whose scores do not leave the core's
 cache, takes a fourth of the time of PyTorch's kernel; for one token over any number another. Where
 they do not build, two batched matmuls with a softmax between them take half of it, at 100 to 200
-tokens (docs/log.md). Inductor is given either in the place of PyTorch's; the model's own code is
-not touched.
+tokens (docs/log.md). Inductor is given either in the place of PyTorch's, and layers that run as
+written the kernel, by PyTorch's dispatcher; the model's own code is not touched.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,6 +91,19 @@ def short_attention(
     if is_causal:
         mask = torch.ops.ipex_sq.causal_bias(tokens, keys)
     return _matmuls(query, key, value, mask, scale)
+
+
+@contextmanager
+def kernel_for_attention() -> Iterator[None]:
+    """Within it, this thread's attention is the kernel, where that is faster; no gradients."""
+    if torch.is_grad_enabled() or not has_kernel():
+        yield
+        return
+    torch.ops.ipex_sq.replace_attention(MOST_TOKENS)
+    try:
+        yield
+    finally:
+        torch.ops.ipex_sq.replace_attention(0)
 
 
 def has_kernel() -> bool:

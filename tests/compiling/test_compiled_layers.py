@@ -3,15 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from ipex_sq import QuantConfig, quantize
 from ipex_sq.backends import native
 from ipex_sq.compiling.compiled_layers import compile_layers
+from ipex_sq.kernels import attention
 from ipex_sq.kernels.brgemm import MOST_ROWS
 from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.running import run_model
 from ipex_sq.models.tiny import tiny_model
-from ipex_sq.system import int8_isa
+from ipex_sq.system import has_bf16_instructions, int8_isa
 
 KINDS = 12
 """More than torch.compile's own limit per function, 8, after which it silently stops compiling."""
@@ -91,3 +93,20 @@ def test_prompts_and_steps_share_one_layout_of_the_weights(batches):
     linears = [module for module in model.modules() if isinstance(module, Int8Linear)]
     assert linears
     assert all(item.packed is None and item.row_weight is not None for item in linears)
+
+
+@pytest.mark.skipif(not has_bf16_instructions(), reason="the CPU has neither AVX512-BF16 nor AMX")
+def test_prompts_of_generation_have_our_attention(monkeypatch):
+    """They are not compiled, so nothing but PyTorch's dispatcher can give it to them."""
+    prompt = torch.arange(3, 43)[None]
+    model = compile_layers(tiny_model("llama").bfloat16())
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as ours:
+        model(prompt, use_cache=True)
+    monkeypatch.setattr(attention, "has_kernel", lambda: False)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as pytorchs:
+        model(prompt, use_cache=True)
+    switches = [
+        sum("replace_attention" in event.key for event in run.key_averages())
+        for run in (ours, pytorchs)
+    ]
+    assert switches == [1, 0]

@@ -1,5 +1,6 @@
 """Attention of short sequences, in one kernel and as batched matmuls, is PyTorch's attention."""
 
+from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
 import pytest
@@ -12,6 +13,7 @@ from ipex_sq.kernels import attention
 from ipex_sq.kernels.attention import (
     MOST_TOKENS,
     MOST_TOKENS_OF_MATMULS,
+    kernel_for_attention,
     short_attention,
 )
 from ipex_sq.system import has_bf16_instructions
@@ -235,3 +237,58 @@ def test_the_compiled_graph_has_it(monkeypatch):
         attend = torch.compile(functional.scaled_dot_product_attention, backend=inductor)
         attend(query, key, value)
     assert calls
+
+
+@with_kernel
+@pytest.mark.parametrize("mode", MODES)
+def test_as_written_it_is_the_kernel_within_its_place_alone(mode):
+    attend = functional.scaled_dot_product_attention
+    query, key, value = _inputs(196, torch.bfloat16)  # so many that some last bits differ
+    options = _options(mode, 196)
+    with torch.inference_mode():
+        before = attend(query, key, value, **options)
+        with kernel_for_attention():
+            found = attend(query, key, value, **options)
+            with ThreadPoolExecutor(1) as other:
+                elsewhere = other.submit(torch.inference_mode(attend), query, key, value, **options)
+        after = attend(query, key, value, **options)
+    mask = options.get("attn_mask")
+    if mask is not None and mask.dtype == torch.bool:
+        options = {"attn_mask": torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)}
+    wanted = short_attention(query, key, value, **options)[0]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(found[1:], before[1:])  # the first text may be masked all over
+    for other_result in (after, elsewhere.result()):
+        torch.testing.assert_close(other_result, before, rtol=0, atol=0, equal_nan=True)
+
+
+@with_kernel
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), [(40, torch.float32), (MOST_TOKENS + 1, torch.bfloat16)]
+)
+def test_as_written_the_rest_is_pytorchs(tokens, dtype):
+    inputs = _inputs(tokens, dtype)
+    with torch.inference_mode():
+        wanted = functional.scaled_dot_product_attention(*inputs, is_causal=True)
+        with kernel_for_attention():
+            found = functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    assert torch.equal(found, wanted)
+
+
+@with_kernel
+def test_as_written_gradients_are_pytorchs():
+    query, key, value = _inputs(40, torch.bfloat16)
+    query.requires_grad_()
+    with kernel_for_attention():
+        functional.scaled_dot_product_attention(query, key, value).sum().backward()
+    assert float(query.grad.abs().max()) > 0
+
+
+@with_kernel
+def test_a_failure_ends_its_place_too():
+    query, key, value = _inputs(40, torch.bfloat16)
+    with torch.inference_mode():
+        before = functional.scaled_dot_product_attention(query, key, value)
+        with pytest.raises(ZeroDivisionError), kernel_for_attention():
+            raise ZeroDivisionError
+        assert torch.equal(functional.scaled_dot_product_attention(query, key, value), before)
