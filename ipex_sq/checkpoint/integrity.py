@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ _GUARDED_NAMES = (CONFIG, PLAN_JSON)
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 by file name of what decides on numbers: weights, indices, plan, config."""
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if _guarded(path)}
+    paths = [path for path in sorted(folder.iterdir()) if _guarded(path)]
+    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
+        return dict(zip([path.name for path in paths], pool.map(file_sha256, paths), strict=True))
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -34,8 +38,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     check_transformers(manifest)
-    for name in manifest["sha256"]:
-        check_file(folder, manifest, name)
+    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
+        list(pool.map(partial(check_file, folder, manifest), manifest["sha256"]))
     strangers = [
         path.name
         for path in sorted(folder.iterdir())
