@@ -21,7 +21,7 @@ from ipex_sq.cli import (
     random_weights,
     sensitivity,
 )
-from ipex_sq.report.markdown import with_tables
+from ipex_sq.report.markdown import result_table, with_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -81,3 +81,19 @@ def test_tables_are_those_of_the_results():
 def test_every_number_has_a_result_file():
     for name in re.findall(r"results/[\w.-]+\.json", README):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("benchmark_smollm2_decode_1_slow", {"ttft_ms": ".0f", "tpot_ms": ".1f"}),
+        ("benchmark_smollm2_lambada_peers_slow", {"accuracy": ".2%", "p50_ms": ".0f"}),
+        ("benchmark_smollm2_slow", {"p50_ms": ".0f"}),
+    ],
+)
+def test_a_table_has_what_its_workload_is_judged_by(name, fields):
+    result = json.loads((ROOT / f"results/{name}.json").read_text())
+    lines = result_table(result).splitlines()[2:]
+    for line, row in zip(lines, result["results"], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert {format(row[field], style) for field, style in fields.items()} <= set(cells)

@@ -12,12 +12,15 @@ from ipex_sq.report.rows import alpha_cell, number
 from ipex_sq.report.tables import markdown_table
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
-_MODELS = {"int8": "INT8", "int8+sq": "INT8 + SmoothQuant"}
+_MODELS = {"int8": "INT8", "int8+sq": "INT8 + SmoothQuant", "int8 dynamic": "INT8, dynamic"}
 ACCURACY = (
     "model", "backend", "alpha", "last word", "against fp32", "last token", "perplexity",
     "quantize s", "documents/s",
 )  # fmt: skip
-LATENCY = ("model", "how", "p50 ms", "against eager fp32", "against the best bf16", "of the limit")
+_SPEEDUPS = ("against eager fp32", "against the best bf16", "of the limit")
+LATENCY = ("model", "how", "p50 ms", *_SPEEDUPS)
+DECODE = ("model", "how", "first token ms", "ms a token", *_SPEEDUPS)
+LAMBADA = ("model", "how", "last word", "standard error", "a batch ms", *_SPEEDUPS)
 
 
 def with_tables(document: str, read: Callable[[str], Mapping[str, Any]]) -> str:
@@ -38,11 +41,12 @@ def with_tables(document: str, read: Callable[[str], Mapping[str, Any]]) -> str:
 
 
 def result_table(result: Mapping[str, Any]) -> str:
-    """The rows of an accuracy run or of a benchmark of one forward pass."""
+    """The rows of an accuracy run or of a benchmark."""
     rows = [row for row in result["results"] if not row.get("reason")]
     if "last_word_accuracy" in rows[0]:
         return markdown_table(ACCURACY, [_accuracy(row) for row in rows])
-    return markdown_table(LATENCY, [_latency(row) for row in rows])
+    header = {"decode": DECODE, "lambada": LAMBADA}.get(rows[0]["workload"], LATENCY)
+    return markdown_table(header, [_latency(row) for row in rows])
 
 
 def _accuracy(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -61,10 +65,15 @@ def _accuracy(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _latency(row: Mapping[str, Any]) -> tuple[str, ...]:
+    times: tuple[str, ...] = (f"{row['p50_ms']:.0f}",)
+    if row["workload"] == "decode":
+        times = (f"{row['ttft_ms']:.0f}", f"{row['tpot_ms']:.1f}")
+    elif row["workload"] == "lambada":
+        times = (f"{row['accuracy']:.2%}", f"{row['accuracy_stderr']:.2%}", *times)
     return (
         _MODELS.get(row["label"], row["label"]),
         backend_and_head(row),
-        f"{row['p50_ms']:.0f}",
+        *times,
         f"{row['speedup_vs_fp32']:.2f}x",
         f"{row['speedup_vs_bf16']:.2f}x",
         f"{row['limit_share']:.0%}",
