@@ -17,6 +17,7 @@ KINDS = {
     "round_static": "elementwise",
     "int8_linear": "other",  # the call alone: oneDNN's operator inside it has its own time
     "causal_bias": "other",
+    "replace_attention": "other",  # a switch; what it switches to has its own time
 }
 
 
