@@ -95,7 +95,11 @@ def short_attention(
 
 @contextmanager
 def kernel_for_attention() -> Iterator[None]:
-    """Within it, this thread's attention is the kernel, where that is faster; no gradients."""
+    """Within it, this thread's attention is the kernel, where that is faster; no gradients.
+
+    Where that is, `attention_in_mode` in attention.cpp decides by the rules of `short_attention`: a
+    prompt should not wait for Python in every layer.
+    """
     if torch.is_grad_enabled() or not has_kernel():
         yield
         return
