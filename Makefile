@@ -2,23 +2,28 @@
 # make demo-bert   the same for a classifier: fine-tune, generate-scales, quantize, evaluate, benchmark
 # make test        the tests in the same environment (IPEX lane)
 # make test-native the tests on current PyTorch, without IPEX, with the peers of `benchmark.py --peers`
+# make install     .venv alone; make install-native: .venv-native
 # make check       ruff and strict mypy
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 VENV_NATIVE := .venv-native
 
-.PHONY: demo demo-bert test test-native check clean
+.PHONY: demo demo-bert install install-native test test-native check clean
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python eval_lambada.py --compare
+	$(VENV)/bin/python eval_lambada.py --compare --dataset embedded
 
 demo-bert: $(VENV)/installed
-	$(VENV)/bin/python -m ipex_sq fine-tune
-	$(VENV)/bin/python -m ipex_sq generate-scales --output act_scales/embedded.json --num_samples 128 --max_length 128
+	$(VENV)/bin/python -m ipex_sq fine-tune --dataset embedded
+	$(VENV)/bin/python -m ipex_sq generate-scales --dataset embedded --output act_scales/embedded.json --num_samples 128 --max_length 128
 	$(VENV)/bin/python -m ipex_sq quantize --act_scales_path act_scales/embedded.json --alpha 0.5 --output_dir results/quantized
-	$(VENV)/bin/python -m ipex_sq evaluate --model_path results/quantized/embedded
+	$(VENV)/bin/python -m ipex_sq evaluate --model_path results/quantized/embedded --dataset embedded
 	$(VENV)/bin/python -m ipex_sq benchmark --model_path results/quantized/embedded --batch_size 8 --sequence_length 128
+
+install: $(VENV)/installed
+
+install-native: $(VENV_NATIVE)/installed
 
 test: $(VENV)/installed-dev
 	IPEX_SQ_LANE=ipex $(VENV)/bin/python -m pytest

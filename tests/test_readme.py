@@ -25,6 +25,7 @@ from ipex_sq.report.markdown import result_table, with_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 SHELL = [
     line.split("#")[0].strip()
@@ -72,15 +73,24 @@ def test_python_blocks_run(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_tables_are_those_of_the_results():
-    """After a new result: python -m ipex_sq tables README.md."""
-    made = with_tables(README, lambda name: json.loads((ROOT / name).read_text()))
-    assert made == README
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_those_of_the_results(document):
+    """After a new result: python -m ipex_sq tables README.md, and docs/results.md."""
+    text = document.read_text()
+    made = with_tables(text, lambda name: json.loads((document.parent / name).read_text()))
+    assert made == text
 
 
-def test_every_number_has_a_result_file():
-    for name in re.findall(r"results/[\w.-]+\.json", README):
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_number_has_a_result_file(document):
+    for name in re.findall(r"results/[\w.-]+\.json", document.read_text()):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
 
 
 @pytest.mark.parametrize(

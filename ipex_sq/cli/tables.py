@@ -1,4 +1,4 @@
-"""`python -m ipex_sq tables`: the tables of README from the files in results/."""
+"""`python -m ipex_sq tables`: the tables of README and docs/results.md from the files in results/."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ between '<!-- table: results/NAME.json -->' and '<!-- end -->'. Paths are looked
 
 EXAMPLES = """\
   python -m ipex_sq tables README.md
+  python -m ipex_sq tables docs/results.md
 """
 
 
