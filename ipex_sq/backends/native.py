@@ -72,21 +72,20 @@ def int8_linear(model: nn.Module, plan: QuantPlan, name: str) -> Int8Linear:
 def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
     """Cast what stays float, share what readers of one tensor share, and compile."""
     lowered: dict[str, Any] = {name: model.get_submodule(name) for name in plan.int8_names}
-    cast_float(model, dtype)
     head = language_head(model)
+    if head in lowered:
+        lowered[head].wide_output = True
+    cast_float(model, dtype)
     for name, module in lowered.items():
-        module.output_dtype = torch.float32 if name == head else DTYPES[dtype]
         if module.per_token or rows_everywhere():
             module.only_rows()  # of tokens, another pass over the product would scale it
         first = lowered[plan.linears[name].group]
         # The same tensor objects: q, k and v then round their input once in the compiled graph.
         for shared in INPUT_BUFFERS:
             setattr(module, shared, getattr(first, shared))
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        config.use_cache = (
-            False  # a plain call scores text, compiled; generate() has its own setting
-        )
+    model.requires_grad_(
+        False
+    )  # rounding has no gradient: what came past it would be taken for all
     model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return compile_layers(model)
 
@@ -102,11 +101,7 @@ def _move_weights(model: nn.Module) -> None:
 
 def cast_float(module: nn.Module, dtype: str) -> None:
     """Cast, in place, all that is not part of an int8 Linear."""
-    lowered = [item for item in module.modules() if isinstance(item, Int8Linear)]
-    kept = {id(tensor) for item in lowered for tensor in item.buffers()}
-    module._apply(
-        lambda t: t if id(t) in kept or not t.is_floating_point() else t.to(DTYPES[dtype])
-    )
+    module._apply(lambda t: t.to(DTYPES[dtype]) if t.is_floating_point() else t)
 
 
 def _refuse_to_save(*_args: Any, **_options: Any) -> None:

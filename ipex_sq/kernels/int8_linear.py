@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ipex_sq.errors import ConfigError
 from ipex_sq.kernels import onednn_linear  # noqa: F401, its operator
 from ipex_sq.kernels.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
+from ipex_sq.kernels.static_levels import static_levels
 from ipex_sq.kernels.weight_memory import WeightMemory
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
@@ -25,33 +28,11 @@ STORED_INPUT = ("multiplier", "channels", "input_scale", "input_zero_point")
 INPUT_BUFFERS = (*STORED_INPUT, "held_low", "held_high")
 """What `Int8Linear.set_input` sets: the same for all readers of a tensor."""
 
-
-def static_levels(
-    x: Tensor,
-    multiplier: Tensor,
-    zero_point: Tensor,
-    copies: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> Tensor:
-    """Round x `[..., in_features - copies]` to uint8 levels `[..., in_features]`.
-
-    Args:
-        x: Any float.
-        multiplier: See `Int8Linear`.
-        zero_point: As well.
-        copies: Its `channels`, `held_low` and `held_high`, each None without parts.
-    """
-    levels = _cut_off(torch.round(x.float() * multiplier), zero_point)
-    channels, held_low, held_high = copies
-    if channels is None:
-        return levels
-    # As `append_rest`, in bytes: as floats, all of x would be written twice.
-    rest = torch.round(x[..., channels].float() * multiplier[channels])
-    rest = rest - rest.clamp(held_low, held_high)
-    return torch.cat((levels, _cut_off(rest, zero_point)), dim=-1)
+OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _cut_off(levels: Tensor, zero_point: Tensor) -> Tensor:
-    return (levels + zero_point).clamp(0, ACTIVATION_LEVELS).to(torch.uint8)
+def _in_type_of(before: Tensor, after: Tensor) -> Tensor:
+    return before if after.dtype != before.dtype else after
 
 
 class Int8Linear(nn.Module):
@@ -63,6 +44,8 @@ class Int8Linear(nn.Module):
     Attributes:
         in_features: Width of the input with its copies.
         out_features: Width of the output.
+        output_dtype: Of the output, one of `OUTPUT_DTYPES`; a cast of the module changes it.
+        wide_output: Whether it stays fp32 under casts: logits do.
         per_token: Whether the input is rounded per token rather than by a static scale.
         multiplier: `[in_features - copies]`, 1 / (smoothing scale * activation scale), fp32; per
             token 1 / (smoothing scale * parts).
@@ -111,6 +94,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.output_dtype = torch.float32
+        self.wide_output = False
         self.per_token = False
         self.register_buffer("weight_scale", weight_scale.float())
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
@@ -206,6 +190,27 @@ class Int8Linear(nn.Module):
             self.packed = self.weight_zero_points = None
         return self.row_weight is not None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        """As `nn.Module`; a cast is one of the outputs, for in bf16 scales would be other scales.
+
+        Raises:
+            ConfigError: A cast to a type that is not among `OUTPUT_DTYPES`.
+        """
+        dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
+        if dtype not in OUTPUT_DTYPES:
+            raise ConfigError(f"an int8 model computes in fp32 or bf16, not in {dtype}")
+        if not self.wide_output:
+            self.output_dtype = dtype
+        return super()._apply(lambda tensor: _in_type_of(tensor, fn(tensor)), recurse)
+
+    def _load_from_state_dict(self, *_args: Any, **_options: Any) -> None:
+        """Refuse: a state dict holds no packed weights, only the scales that belong to them.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("a state dict lacks int8 weights: use ipex_sq.save and ipex_sq.load")
+
     def move_weight(self, memory: WeightMemory) -> None:
         """Move the levels in brgemm's layout, if there are any, into `memory`."""
         if self.row_weight is not None:
@@ -220,7 +225,13 @@ class Int8Linear(nn.Module):
         return unpack_rows(self.row_weight, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x `[..., in_features - copies]`, any float, to `[..., out_features]`."""
+        """Map x `[..., in_features - copies]`, any float, to `[..., out_features]`.
+
+        Raises:
+            ConfigError: A gradient of x is wanted.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ConfigError("int8 Linears have no gradient: take the float model for it")
         levels, scale = self._round_tokens(x) if self.per_token else self._round(x)
         return self.multiply(levels, scale)
 
