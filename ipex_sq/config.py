@@ -249,7 +249,9 @@ class ModelConfig:
     """Which model."""
 
     model_name_or_path: str = setting(
-        EMBEDDED, "hub name or local folder (default: SmolLM2-135M-Instruct from its PyPI package)"
+        EMBEDDED,
+        "hub name or local folder; embedded is SmolLM2-135M-Instruct, dequantized from the 4-bit "
+        "file in its PyPI package",
     )
     trust_remote_code: bool = setting(
         False, "run code that comes with the model", action="store_true"

@@ -8,6 +8,7 @@ import warnings
 
 CHATTY = (
     "httpx",
+    "httpx2",
     "huggingface_hub",
     "datasets",
     "transformers",

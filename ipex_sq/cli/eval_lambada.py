@@ -40,7 +40,15 @@ EXAMPLES = """\
 """
 
 SAVED_RESULTS = Path("saved_results")
-DEFAULT_FOLDER = Path()
+DEFAULT_FOLDER = SAVED_RESULTS / "<model>-<backend>-<recipe>"
+"""Stands for a name that is made of the run."""
+
+INT8_ONLY = (
+    *("observer", "percentile", "activations", "weight_rounding", "max_drop"),
+    *("quant_lm_head", "portable", "backend"),
+)
+CALIBRATION_ONLY = ("calib_dataset", "calib_samples", "calib_max_tokens")
+"""Settings of `QuantConfig` and `DataConfig` that a float run would ignore."""
 
 
 def parser() -> Parser:
@@ -67,7 +75,7 @@ def parser() -> Parser:
         nargs="?",
         const=DEFAULT_FOLDER,
         default=None,
-        help=f"save the int8 model (default folder: {SAVED_RESULTS}/<model>-<backend>-<recipe>)",
+        help=f"save the int8 model (default folder: {DEFAULT_FOLDER})",
     )
     flags.add_flag(
         "format",
@@ -150,10 +158,11 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.kl:
         flags.observer = "kl"
     if not (flags.int8 or flags.compare):
-        for name in ("observer", "percentile", "activations", "weight_rounding", "max_drop"):
-            if getattr(flags, name) != getattr(QuantConfig, name):
-                flag = "kl" if flags.kl and name == "observer" else name
-                raise ConfigError(f"--{flag} belongs to INT8: add --int8")
+        for config, names in ((QuantConfig, INT8_ONLY), (DataConfig, CALIBRATION_ONLY)):
+            for name in names:
+                if getattr(flags, name) != getattr(config, name):
+                    flag = "kl" if flags.kl and name == "observer" else name
+                    raise ConfigError(f"--{flag} belongs to INT8: add --int8")
     if flags.percentile != QuantConfig.percentile and flags.observer != "percentile":
         raise ConfigError("--percentile belongs to --observer percentile")
     if flags.act_scales_path is not None and not (flags.int8 or flags.compare):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ipex_sq.config import flag_settings
@@ -21,6 +23,7 @@ class Parser(argparse.ArgumentParser):
         """`shared`: processes of torchrun may share the work of the command."""
         self._shared = shared
         super().__init__(
+            prog=_program(),
             description=description,
             epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,6 +60,12 @@ class Parser(argparse.ArgumentParser):
             if setting.default is not None and "action" not in options:
                 text += f" (default: {setting.default})"
             self.add_flag(setting.name, default=setting.default, help=text, **options)
+
+
+def _program() -> str | None:
+    """How the command was called, where argparse would name the file `__main__.py`."""
+    as_module = Path(sys.argv[0]).name == "__main__.py"
+    return f"python -m ipex_sq {sys.argv[1]}" if as_module and len(sys.argv) > 1 else None
 
 
 def argument(parse: Callable[[str], Config]) -> Callable[[str], Config]:

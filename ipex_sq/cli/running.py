@@ -47,7 +47,8 @@ def configure_logging() -> None:
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s")
     if not first:  # tqdm is silent where there is no terminal
         sys.stderr.isatty = lambda: False  # type: ignore[method-assign]
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if not sys.stderr.isatty():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' bars as well
     quiet_libraries()
 
 
@@ -78,15 +79,26 @@ def check_output(output: Path | None) -> None:
         return
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder, name a file")
-    if not os.access(output.absolute().parent, os.W_OK):
+    target = output.resolve()
+    if not os.access(target if _is_special(target) else target.parent, os.W_OK):
         raise ConfigError(f"--output {output}: its folder is missing or not writable")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write through a temporary file and a rename: readers see the old file or the new one."""
+    """Write through a temporary file and a rename: readers see the old file or the new one.
+
+    What a link points to is written, and a device or pipe is written to, not replaced.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    path = path.resolve()
     try:
+        if _is_special(path):
+            path.write_text(text, encoding="utf-8")
+            return
         with tempfile.NamedTemporaryFile(
-            "w", dir=path.absolute().parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
+            "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
         ) as scratch:
             scratch.write(text)
             scratch.flush()
@@ -95,6 +107,10 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(scratch.name, path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()
 
 
 def findable(name_or_path: str) -> str:

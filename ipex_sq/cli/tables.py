@@ -1,4 +1,4 @@
-"""`python -m ipex_sq tables`: the tables of README and docs/results.md from the files in results/."""
+"""`python -m ipex_sq tables`: the tables of a document from the result files that it names."""
 
 from __future__ import annotations
 
