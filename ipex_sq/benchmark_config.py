@@ -70,7 +70,9 @@ class BenchmarkConfig:
         1, "processes that run the same model side by side, each on cores of its own", type=int
     )
     cores_per_instance: int | None = setting(
-        None, "cores of each (default: all, shared evenly)", type=int
+        None,
+        "cores of each (default: all, shared evenly; with --numa as many as fit in a node)",
+        type=int,
     )
     cores: str | None = setting(
         None, "cores to use, as 0-3,8 (default: all that this process may use)"

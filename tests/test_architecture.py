@@ -27,6 +27,7 @@ LEVELS = [
     {"recipe"},
     {"review_config", "benchmark_config"},
     {"config", "system", "hub", "distributed", "logs"},
+    {"resources"},
     {"errors"},
 ]
 ONLY_IMPORTER = {

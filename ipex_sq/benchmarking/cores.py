@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ipex_sq.benchmark_config import LATENCY, BenchmarkConfig
 from ipex_sq.errors import ConfigError
+from ipex_sq.resources import cpu_list, online_cpus, parse_cpu_list
 
 NODES = Path("/sys/devices/system/node")
 
@@ -23,19 +24,13 @@ def parse_cores(text: str) -> tuple[int, ...]:
     Raises:
         ConfigError: It is no such list, or names a core twice.
     """
-    cores: list[int] = []
     try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            span = range(int(first), int(last or first) + 1)
-            if not span:
-                raise ValueError
-            cores += span
+        cores = parse_cpu_list(text)
     except ValueError:
         raise ConfigError(f"--cores takes a list as 0-3,8, not {text!r}") from None
     if len(set(cores)) < len(cores):
         raise ConfigError(f"--cores {text} names a core twice")
-    return tuple(cores)
+    return cores
 
 
 def usable_cores(config: BenchmarkConfig) -> tuple[int, ...]:
@@ -44,17 +39,20 @@ def usable_cores(config: BenchmarkConfig) -> tuple[int, ...]:
     Raises:
         ConfigError: Cores that do not exist or are forbidden to this process.
     """
-    allowed = tuple(sorted(os.sched_getaffinity(0)))
-    cores = allowed if config.cores is None else parse_cores(config.cores)
-    existing = os.cpu_count() or len(allowed)
-    missing = [core for core in cores if core >= existing]
+    allowed = sorted(os.sched_getaffinity(0))
+    if config.cores is None:
+        return tuple(allowed)
+    cores, online = parse_cores(config.cores), online_cpus()
+    missing = [core for core in cores if core not in online]
     if missing:
-        raise ConfigError(f"core {missing[0]} does not exist: this machine has 0-{existing - 1}")
+        raise ConfigError(
+            f"core {missing[0]} does not exist or is offline: online are {cpu_list(online)}"
+        )
     forbidden = [core for core in cores if core not in allowed]
     if forbidden:
         raise ConfigError(
             f"core {forbidden[0]} is forbidden to this process: its affinity mask allows "
-            f"{','.join(map(str, allowed))}"
+            f"{cpu_list(allowed)}"
         )
     return cores
 
@@ -90,21 +88,27 @@ def instance_cores(config: BenchmarkConfig) -> list[tuple[int, ...]]:
     cores = usable_cores(config)
     if not config.pinned:
         return [cores]
-    wanted, each = config.num_instances, config.cores_per_instance
-    each = each or len(cores) // wanted
+    wanted = config.num_instances
     nodes = _nodes(cores) if config.numa else [cores]
+    each = config.cores_per_instance or _largest(nodes, wanted)
     found = [tuple(node[i * each : (i + 1) * each]) for node in nodes for i in _whole(node, each)]
     if len(found) < wanted:
         where = " within a NUMA node each" if config.numa else ""
         raise ConfigError(
-            f"{wanted} instance(s) of {max(each, 1)} core(s){where} do not fit on {len(cores)} "
+            f"{wanted} instance(s) of {each} core(s){where} do not fit on {len(cores)} "
             "core(s): ask for fewer"
         )
     return found[:wanted]
 
 
+def _largest(nodes: Sequence[Sequence[int]], wanted: int) -> int:
+    """Most cores that each of `wanted` instances can have within one node; 1 where none fit."""
+    sizes = range(max(map(len, nodes)), 1, -1)
+    return next((size for size in sizes if sum(len(node) // size for node in nodes) >= wanted), 1)
+
+
 def _whole(node: Sequence[int], each: int) -> range:
-    return range(len(node) // each) if each else range(0)
+    return range(len(node) // each)
 
 
 def _nodes(cores: Sequence[int]) -> list[tuple[int, ...]]:

@@ -4,23 +4,45 @@ import os
 
 import pytest
 
+from ipex_sq import resources
 from ipex_sq.benchmark_config import BenchmarkConfig
 from ipex_sq.benchmarking import cores
 from ipex_sq.benchmarking.cores import instance_cores, parse_cores, pinned, resolve_preset
 from ipex_sq.errors import ConfigError
+from ipex_sq.resources import parse_cpu_list
 
 ALLOWED = tuple(range(8))
 
 
 @pytest.fixture
-def eight_cores(monkeypatch, tmp_path):
-    """A machine of 8 cores in two NUMA nodes, of which this process may use 0-7."""
-    for node, cpus in enumerate(("0-1,4-5", "2-3,6-7")):
-        (tmp_path / f"node{node}").mkdir()
-        (tmp_path / f"node{node}" / "cpulist").write_text(f"{cpus}\n")
-    monkeypatch.setattr(cores, "NODES", tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(ALLOWED))
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+def machine(monkeypatch, tmp_path):
+    """Makes this machine another: CPUs of each NUMA node, and allowed ones."""
+
+    def become(nodes, allowed=None):
+        online = sorted(cpu for node in nodes for cpu in parse_cpu_list(node or "0"))
+        for node, cpus in enumerate(nodes):
+            folder = tmp_path / "nodes" / f"node{node}"
+            folder.mkdir(parents=True)
+            (folder / "cpulist").write_text(f"{cpus}\n")
+        (tmp_path / "cpus").mkdir(exist_ok=True)
+        (tmp_path / "cpus" / "online").write_text(",".join(map(str, online)) + "\n")
+        monkeypatch.setattr(cores, "NODES", tmp_path / "nodes")
+        monkeypatch.setattr(resources, "CPUS", tmp_path / "cpus")
+        mask = set(online if allowed is None else allowed)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: mask)
+        monkeypatch.setattr(os, "cpu_count", lambda: len(online))
+
+    return become
+
+
+@pytest.fixture
+def eight_cores(machine):
+    """A machine of 16 cores in two NUMA nodes, of which this process may use 0-7."""
+    machine(["0-1,4-5,8-11", "2-3,6-7,12-15"], ALLOWED)
+
+
+XEON = ["0-55", "56-111"]
+"""Two sockets of 56 cores."""
 
 
 @pytest.mark.parametrize(
@@ -41,11 +63,12 @@ def test_nonsense_is_refused(text):
 @pytest.mark.usefixtures("eight_cores")
 def test_instances_share_no_core_and_have_equally_many(instances, each, numa):
     config = BenchmarkConfig(num_instances=instances, cores_per_instance=each, numa=numa)
-    found = instance_cores(config) if not numa or (instances, each) != (1, None) else [ALLOWED]
+    found = instance_cores(config)
     every = [core for cores in found for core in cores]
+    shared = {(1, True): 4}.get((instances, numa), len(ALLOWED) // instances)
     assert len(found) == instances
     assert len(set(every)) == len(every)
-    assert {len(cores) for cores in found} == {each or len(ALLOWED) // instances}
+    assert {len(cores) for cores in found} == {each or shared}
 
 
 @pytest.mark.usefixtures("eight_cores")
@@ -60,7 +83,8 @@ def test_an_instance_stays_within_its_node():
         ({"num_instances": 9}, "do not fit on 8"),
         ({"num_instances": 2, "cores_per_instance": 5}, "do not fit"),
         ({"num_instances": 1, "cores_per_instance": 5, "numa": True}, "NUMA node"),
-        ({"cores": "0-16"}, "core 16 does not exist"),
+        ({"num_instances": 9, "numa": True}, "NUMA node"),
+        ({"cores": "0-16"}, "core 16 does not exist or is offline: online are 0-15"),
         ({"cores": "7-8"}, "core 8 is forbidden"),
     ],
 )
@@ -102,3 +126,17 @@ def test_a_preset_is_not_mixed_with_what_it_sets():
         BenchmarkConfig(preset="fast")
     plain = BenchmarkConfig(batch_size=4)
     assert resolve_preset(plain) is plain
+
+
+@pytest.mark.parametrize(("instances", "each"), [(1, 56), (2, 56), (3, 28), (4, 28), (112, 1)])
+def test_numa_alone_takes_the_largest_instances_that_fit_in_nodes(machine, instances, each):
+    machine(XEON)
+    found = instance_cores(BenchmarkConfig(numa=True, num_instances=instances))
+    assert [len(cores) for cores in found] == [each] * instances
+
+
+def test_cores_are_judged_by_what_is_online(machine):
+    machine(["0,2,4,6"])
+    assert instance_cores(BenchmarkConfig(cores="4,6")) == [(4, 6)]
+    with pytest.raises(ConfigError, match=r"core 1 does not exist or is offline: .* 0,2,4,6"):
+        instance_cores(BenchmarkConfig(cores="0-2"))
