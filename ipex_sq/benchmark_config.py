@@ -75,7 +75,9 @@ class BenchmarkConfig:
         type=int,
     )
     cores: str | None = setting(
-        None, "cores to use, as 0-3,8 (default: all that this process may use)"
+        None,
+        "CPUs to use as cores, as 0-3,8 (default: one CPU of each physical core that this process "
+        "may use)",
     )
     numa: bool = setting(False, "keep every instance within one NUMA node", action="store_true")
     seed: int = setting(

@@ -1,10 +1,11 @@
-"""What of this machine this process may use: its CPUs."""
+"""What of this machine this process may use: its CPUs, by physical core."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
@@ -36,6 +37,18 @@ def cpu_list(cpus: Iterable[int]) -> str:
 def online_cpus() -> tuple[int, ...]:
     """CPUs that run; their numbers may have gaps."""
     return _read_cpus(CPUS / "online") or tuple(range(os.cpu_count() or 1))
+
+
+def by_core(cpus: Sequence[int]) -> list[tuple[int, ...]]:
+    """`cpus` by physical core: those that are threads (SMT siblings) of one core stand together.
+
+    Order is kept. A CPU of which the kernel says nothing is a core of its own.
+    """
+    found: dict[int, list[int]] = defaultdict(list)
+    for cpu in cpus:
+        siblings = _read_cpus(CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list")
+        found[min(siblings, default=cpu)].append(cpu)
+    return [tuple(core) for core in found.values()]
 
 
 def _read_cpus(path: Path) -> tuple[int, ...]:

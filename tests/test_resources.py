@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ipex_sq import resources
-from ipex_sq.resources import cpu_list, online_cpus, parse_cpu_list
+from ipex_sq.resources import by_core, cpu_list, online_cpus, parse_cpu_list
 
 
 @pytest.mark.parametrize("text", ["0", "0-3", "4,6", "0-1,4,8-11"])
@@ -17,10 +17,13 @@ def test_a_list_is_written_in_order_of_the_cpus():
     assert cpu_list([8, 3, 1, 2]) == "1-3,8"
 
 
-def test_without_the_kernels_files_every_cpu_is_online(monkeypatch, tmp_path):
+def test_without_the_kernels_files_every_cpu_is_a_core(monkeypatch, tmp_path):
     monkeypatch.setattr(resources, "CPUS", tmp_path)
+    assert by_core([3, 1, 2]) == [(3,), (1,), (2,)]
     assert online_cpus() == tuple(range(os.cpu_count()))
 
 
-def test_cpus_that_this_process_may_use_are_online():
-    assert os.sched_getaffinity(0) <= set(online_cpus())
+def test_cpus_of_this_machine_are_online_and_of_one_core_each():
+    allowed = sorted(os.sched_getaffinity(0))
+    assert set(allowed) <= set(online_cpus())
+    assert sorted(cpu for group in by_core(allowed) for cpu in group) == allowed

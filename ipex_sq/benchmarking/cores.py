@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ipex_sq.benchmark_config import LATENCY, BenchmarkConfig
 from ipex_sq.errors import ConfigError
-from ipex_sq.resources import cpu_list, online_cpus, parse_cpu_list
+from ipex_sq.resources import by_core, cpu_list, online_cpus, parse_cpu_list
 
 NODES = Path("/sys/devices/system/node")
 
@@ -34,14 +34,17 @@ def parse_cores(text: str) -> tuple[int, ...]:
 
 
 def usable_cores(config: BenchmarkConfig) -> tuple[int, ...]:
-    """The cores that instances may be given.
+    """The cores that instances may be given, each by the number of one of its CPUs.
+
+    Two CPUs of one physical core (SMT siblings) share its multipliers, so only the first that is
+    allowed stands for the core. CPUs that the user lists are taken as listed.
 
     Raises:
         ConfigError: Cores that do not exist or are forbidden to this process.
     """
     allowed = sorted(os.sched_getaffinity(0))
     if config.cores is None:
-        return tuple(allowed)
+        return tuple(core[0] for core in by_core(allowed))
     cores, online = parse_cores(config.cores), online_cpus()
     missing = [core for core in cores if core not in online]
     if missing:
@@ -55,6 +58,19 @@ def usable_cores(config: BenchmarkConfig) -> tuple[int, ...]:
             f"{cpu_list(allowed)}"
         )
     return cores
+
+
+def core_notes(config: BenchmarkConfig, instances: Sequence[Sequence[int]]) -> list[str]:
+    """What must stand beside figures that were measured on these cores."""
+    every = [core for cores in instances for core in cores]
+    cores = by_core(every)
+    shared = [core for core in cores if len(core) > 1]
+    if not shared:
+        return []
+    return [
+        f"--cores {config.cores}: {len(every)} CPUs of {len(cores)} physical cores are counted as "
+        f"{len(every)} cores; {cpu_list(shared[0])} share one"
+    ]
 
 
 def resolve_preset(config: BenchmarkConfig) -> BenchmarkConfig:
@@ -94,9 +110,11 @@ def instance_cores(config: BenchmarkConfig) -> list[tuple[int, ...]]:
     found = [tuple(node[i * each : (i + 1) * each]) for node in nodes for i in _whole(node, each)]
     if len(found) < wanted:
         where = " within a NUMA node each" if config.numa else ""
+        cpus = len(os.sched_getaffinity(0))
+        hint = f", or list in --cores which of its {cpus} CPUs to use, though they share cores"
         raise ConfigError(
             f"{wanted} instance(s) of {each} core(s){where} do not fit on {len(cores)} "
-            "core(s): ask for fewer"
+            f"core(s): ask for fewer{hint if config.cores is None and cpus > len(cores) else ''}"
         )
     return found[:wanted]
 

@@ -61,7 +61,7 @@ def run_benchmark(
     """
     instances = instance_cores(config)
     every = [core for cores in instances for core in cores]
-    with Worker("the limits", LimitsSession, every) as meter:
+    with Worker("the limits", LimitsSession, every, bind=config.pinned) as meter:
         meter.ready()
         limits: Limits = meter.call("measure")
     with ExitStack() as stack:
@@ -91,7 +91,8 @@ def _start(
     entry = Entry(contender)
     factory = functools.partial(Session, contender, subject, config)
     for cores in instances:
-        entry.workers.append(stack.enter_context(Worker(str(contender), factory, cores)))
+        worker = Worker(str(contender), factory, cores, bind=config.pinned)
+        entry.workers.append(stack.enter_context(worker))
     try:
         for worker in entry.workers:
             worker.ready()

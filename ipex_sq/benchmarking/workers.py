@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -27,15 +28,18 @@ class Worker:
     Args:
         name: For error messages.
         factory: Makes the object, in the process; picklable.
-        cores: That the process may use.
+        cores: That it is meant to use.
+        bind: Whether it may use no others.
     """
 
-    def __init__(self, name: str, factory: Callable[[], Any], cores: Sequence[int]) -> None:
+    def __init__(
+        self, name: str, factory: Callable[[], Any], cores: Sequence[int], *, bind: bool = True
+    ) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, factory), daemon=True)
-        with pinned(cores):
+        with pinned(cores) if bind else nullcontext():
             self._process.start()
         theirs.close()
 

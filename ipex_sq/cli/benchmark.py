@@ -103,7 +103,7 @@ def command(arguments: Sequence[str]) -> None:
     check_output(flags.output)
 
     from ipex_sq.benchmarking.contenders import Contender, contenders, peer_contenders
-    from ipex_sq.benchmarking.cores import instance_cores, resolve_preset
+    from ipex_sq.benchmarking.cores import core_notes, instance_cores, resolve_preset
     from ipex_sq.benchmarking.memory import check_memory
     from ipex_sq.benchmarking.run import run_benchmark
     from ipex_sq.evaluation.runs import describe_texts
@@ -114,7 +114,7 @@ def command(arguments: Sequence[str]) -> None:
     texts = _texts(flags, subject)
     subject = replace(subject, texts=texts, calib_max_tokens=flags.calib_max_tokens)
     config = resolve_preset(asked)
-    instance_cores(config)  # refused before the work
+    notes = core_notes(config, instance_cores(config))  # refused before the work
     timed = contenders(_quants(flags, folder), compare=flags.compare)
     timed += peer_contenders(flags.peers)
     if folder is not None:
@@ -126,6 +126,7 @@ def command(arguments: Sequence[str]) -> None:
         **provenance(),
         **(describe_texts(texts.evaluation, texts.calibration) if texts else {}),
         "config": asdict(config),
+        "notes": notes,
         "limits": asdict(limits),
         "results": rows,
     }

@@ -55,6 +55,7 @@ def _title(result: dict[str, Any]) -> list[str]:
     return [
         f"{result['model']}: {what}, {instances}, {config['rounds']} rounds",
         f"{system['cpu']}, {system['isa']}, allocator {system['allocator']}",
+        *(f"note: {note}" for note in result.get("notes", [])),
     ]
 
 

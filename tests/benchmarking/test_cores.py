@@ -7,7 +7,13 @@ import pytest
 from ipex_sq import resources
 from ipex_sq.benchmark_config import BenchmarkConfig
 from ipex_sq.benchmarking import cores
-from ipex_sq.benchmarking.cores import instance_cores, parse_cores, pinned, resolve_preset
+from ipex_sq.benchmarking.cores import (
+    core_notes,
+    instance_cores,
+    parse_cores,
+    pinned,
+    resolve_preset,
+)
 from ipex_sq.errors import ConfigError
 from ipex_sq.resources import parse_cpu_list
 
@@ -16,14 +22,19 @@ ALLOWED = tuple(range(8))
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Makes this machine another: CPUs of each NUMA node, and allowed ones."""
+    """Makes this machine another: CPUs of each NUMA node, of each core, and allowed ones."""
 
-    def become(nodes, allowed=None):
+    def become(nodes, siblings, allowed=None):
         online = sorted(cpu for node in nodes for cpu in parse_cpu_list(node or "0"))
         for node, cpus in enumerate(nodes):
             folder = tmp_path / "nodes" / f"node{node}"
             folder.mkdir(parents=True)
             (folder / "cpulist").write_text(f"{cpus}\n")
+        for group in siblings:
+            for cpu in parse_cpu_list(group):
+                folder = tmp_path / "cpus" / f"cpu{cpu}" / "topology"
+                folder.mkdir(parents=True)
+                (folder / "thread_siblings_list").write_text(f"{group}\n")
         (tmp_path / "cpus").mkdir(exist_ok=True)
         (tmp_path / "cpus" / "online").write_text(",".join(map(str, online)) + "\n")
         monkeypatch.setattr(cores, "NODES", tmp_path / "nodes")
@@ -38,11 +49,14 @@ def machine(monkeypatch, tmp_path):
 @pytest.fixture
 def eight_cores(machine):
     """A machine of 16 cores in two NUMA nodes, of which this process may use 0-7."""
-    machine(["0-1,4-5,8-11", "2-3,6-7,12-15"], ALLOWED)
+    machine(["0-1,4-5,8-11", "2-3,6-7,12-15"], [], ALLOWED)
 
 
-XEON = ["0-55", "56-111"]
-"""Two sockets of 56 cores."""
+XEON = ["0-55,112-167", "56-111,168-223"], [f"{cpu},{cpu + 112}" for cpu in range(112)]
+"""Two sockets of 56 cores, two CPUs a core, numbered as on most servers."""
+
+NEIGHBOURS = ["0-15"], [f"{cpu}-{cpu + 1}" for cpu in range(0, 16, 2)]
+"""Eight cores whose two CPUs follow each other, as on virtual machines."""
 
 
 @pytest.mark.parametrize(
@@ -128,15 +142,58 @@ def test_a_preset_is_not_mixed_with_what_it_sets():
     assert resolve_preset(plain) is plain
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_instances": 2},
+        {"num_instances": 4, "cores_per_instance": 2},
+        {"numa": True},
+        {"preset": "latency"},
+        {"preset": "throughput"},
+    ],
+)
+@pytest.mark.parametrize(("nodes", "siblings"), [XEON, NEIGHBOURS])
+def test_two_cpus_of_one_core_are_never_handed_out(machine, nodes, siblings, settings):
+    machine(nodes, siblings)
+    config = resolve_preset(BenchmarkConfig(**settings))
+    found = instance_cores(config)
+    owners = {cpu: group for group in siblings for cpu in parse_cpu_list(group)}
+    used = [owners[cpu] for instance in found for cpu in instance]
+    assert len(set(used)) == len(used)
+    assert core_notes(config, found) == []
+    if not config.pinned or "preset" in settings:
+        assert len(used) == len(siblings), "every core is used"
+
+
+def test_the_cpu_of_a_core_is_one_that_the_mask_allows(machine):
+    machine(*NEIGHBOURS, allowed=[1, 2, 3, 7])
+    assert instance_cores(BenchmarkConfig()) == [(1, 2, 7)]
+    with pytest.raises(ConfigError, match=r"do not fit on 3 core\(s\): .* its 4 CPUs"):
+        instance_cores(BenchmarkConfig(num_instances=4))
+
+
+def test_listed_cpus_are_used_as_listed_and_said_to_share_cores(machine):
+    machine(*XEON)
+    config = BenchmarkConfig(cores="0-3,112-113", num_instances=2)
+    found = instance_cores(config)
+    assert found == [(0, 1, 2), (3, 112, 113)]
+    (note,) = core_notes(config, found)
+    assert "0,112" in note
+    assert "6 CPUs of 4 physical cores" in note
+    apart = BenchmarkConfig(cores="0,113")
+    assert core_notes(apart, instance_cores(apart)) == []
+
+
 @pytest.mark.parametrize(("instances", "each"), [(1, 56), (2, 56), (3, 28), (4, 28), (112, 1)])
 def test_numa_alone_takes_the_largest_instances_that_fit_in_nodes(machine, instances, each):
-    machine(XEON)
+    machine(*XEON)
     found = instance_cores(BenchmarkConfig(numa=True, num_instances=instances))
     assert [len(cores) for cores in found] == [each] * instances
 
 
 def test_cores_are_judged_by_what_is_online(machine):
-    machine(["0,2,4,6"])
+    machine(["0,2,4,6"], ["0", "2", "4", "6"])
     assert instance_cores(BenchmarkConfig(cores="4,6")) == [(4, 6)]
     with pytest.raises(ConfigError, match=r"core 1 does not exist or is offline: .* 0,2,4,6"):
         instance_cores(BenchmarkConfig(cores="0-2"))

@@ -37,6 +37,13 @@ def test_methods_run_in_a_pinned_process():
         assert worker.call("add", 2, 3) == 5
 
 
+def test_an_unbound_process_may_use_what_this_one_may():
+    allowed = os.sched_getaffinity(0)
+    with Worker("a thing", Thing, [min(allowed)], bind=False) as worker:
+        worker.ready()
+        assert worker.call("cores") == allowed
+
+
 def test_errors_come_back_and_the_process_lives_on():
     with Worker("a thing", Thing, sorted(os.sched_getaffinity(0))) as worker:
         worker.ready()
