@@ -40,7 +40,8 @@ class SystemCard:
             "AVX512-VNNI", "AVX2-VNNI", "AVX512" or "AVX2".
         bf16: True where bf16 has instructions of its own.
         cores: Physical cores.
-        threads: Threads that torch uses within an operator.
+        threads: That torch uses within an operator, in the process that wrote the result.
+            Rows of the benchmark have their own.
         memory_bytes: Installed memory.
         allocator: What LD_PRELOAD puts in the place of the C library's, or "libc".
     """

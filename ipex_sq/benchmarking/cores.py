@@ -65,12 +65,19 @@ def core_notes(config: BenchmarkConfig, instances: Sequence[Sequence[int]]) -> l
     every = [core for cores in instances for core in cores]
     cores = by_core(every)
     shared = [core for core in cores if len(core) > 1]
-    if not shared:
-        return []
-    return [
-        f"--cores {config.cores}: {len(every)} CPUs of {len(cores)} physical cores are counted as "
-        f"{len(every)} cores; {cpu_list(shared[0])} share one"
-    ]
+    notes = []
+    if shared:
+        notes.append(
+            f"--cores {config.cores}: {len(every)} CPUs of {len(cores)} physical cores are counted "
+            f"as {len(every)} cores; {cpu_list(shared[0])} share one"
+        )
+    exported, threads = os.environ.get("OMP_NUM_THREADS"), len(instances[0])
+    if exported not in (None, str(threads)):
+        notes.append(
+            f"OMP_NUM_THREADS={exported} does not count here: every process has {threads} "
+            "thread(s), one for each of its cores (--cores_per_instance)"
+        )
+    return notes
 
 
 def resolve_preset(config: BenchmarkConfig) -> BenchmarkConfig:

@@ -128,6 +128,7 @@ class Session:
                 "setup_s": self._setup,
                 "first_run_ms": self._first.ms,
                 "peak_rss_bytes": peak_rss_bytes(),
+                "threads": torch.get_num_threads(),
                 **self._accuracy,
             },
         )

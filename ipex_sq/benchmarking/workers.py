@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from ipex_sq.benchmarking.cores import pinned
 from ipex_sq.errors import IpexSqError, ResourceError
 from ipex_sq.logs import quiet_libraries
@@ -28,7 +30,7 @@ class Worker:
     Args:
         name: For error messages.
         factory: Makes the object, in the process; picklable.
-        cores: That it is meant to use.
+        cores: That it is meant to use, with a thread on each.
         bind: Whether it may use no others.
     """
 
@@ -38,7 +40,9 @@ class Worker:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, factory), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, factory, len(cores)), daemon=True
+        )
         with pinned(cores) if bind else nullcontext():
             self._process.start()
         theirs.close()
@@ -95,9 +99,11 @@ class Worker:
             self._process.join()
 
 
-def _serve(connection: Connection, factory: Callable[[], Any]) -> None:
+def _serve(connection: Connection, factory: Callable[[], Any], threads: int) -> None:
     """Make the object, say so, and answer until the other end closes."""
     quiet_libraries()
+    # Else the environment of who started the benchmark decides; peers take torch's number.
+    torch.set_num_threads(threads)
     made: list[Any] = []
     _answer(connection, lambda: made.append(factory()))
     while made:

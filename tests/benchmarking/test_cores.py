@@ -42,6 +42,7 @@ def machine(monkeypatch, tmp_path):
         mask = set(online if allowed is None else allowed)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: mask)
         monkeypatch.setattr(os, "cpu_count", lambda: len(online))
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     return become
 
@@ -183,6 +184,16 @@ def test_listed_cpus_are_used_as_listed_and_said_to_share_cores(machine):
     assert "6 CPUs of 4 physical cores" in note
     apart = BenchmarkConfig(cores="0,113")
     assert core_notes(apart, instance_cores(apart)) == []
+
+
+@pytest.mark.parametrize(("exported", "notes"), [("1", 1), ("8", 0), ("8,2", 1)])
+@pytest.mark.usefixtures("eight_cores")
+def test_an_exported_number_of_threads_that_is_not_used_is_named(monkeypatch, exported, notes):
+    monkeypatch.setenv("OMP_NUM_THREADS", exported)
+    config = BenchmarkConfig()
+    found = core_notes(config, instance_cores(config))
+    assert len(found) == notes
+    assert all(f"OMP_NUM_THREADS={exported} " in note for note in found)
 
 
 @pytest.mark.parametrize(("instances", "each"), [(1, 56), (2, 56), (3, 28), (4, 28), (112, 1)])

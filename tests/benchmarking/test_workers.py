@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from ipex_sq.benchmarking.workers import Worker
 from ipex_sq.errors import ResourceError, UnsupportedModelError
@@ -11,6 +12,9 @@ from ipex_sq.errors import ResourceError, UnsupportedModelError
 class Thing:
     def cores(self):
         return os.sched_getaffinity(0)
+
+    def threads(self):
+        return torch.get_num_threads()
 
     def add(self, a, b):
         return a + b
@@ -35,6 +39,21 @@ def test_methods_run_in_a_pinned_process():
         worker.ready()
         assert worker.call("cores") == {one}
         assert worker.call("add", 2, 3) == 5
+
+
+@pytest.mark.parametrize("exported", ["1", "8"])
+def test_a_process_has_as_many_threads_as_cores(monkeypatch, exported):
+    """Whatever is exported: the row says how many cores it used."""
+    monkeypatch.setenv("OMP_NUM_THREADS", exported)
+    monkeypatch.setenv("MKL_NUM_THREADS", exported)
+    one = min(os.sched_getaffinity(0))
+    with (
+        Worker("one", Thing, [one]) as alone,
+        Worker("three", Thing, [one] * 3, bind=False) as unbound,
+    ):
+        for worker, threads in ((alone, 1), (unbound, 3)):
+            worker.ready()
+            assert worker.call("threads") == threads
 
 
 def test_an_unbound_process_may_use_what_this_one_may():

@@ -304,7 +304,7 @@ def test_benchmark_decodes_in_pinned_instances(folder, capsys):
             assert "no key-value cache" in row["reason"]
             continue
         assert row["instances"] == instances
-        assert row["cores"] == 1
+        assert row["cores"] == row["threads"] == 1
         assert row["runs"] == 2 * instances
         assert 0 < row["tpot_ms"] < row["p50_ms"]
         assert 0 < row["ttft_ms"] < row["p50_ms"]
