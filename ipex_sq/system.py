@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ipex_sq.errors import ConfigError
+from ipex_sq.resources import cpu_quota, memory_limit
 
 VERSIONED_PACKAGES = (
     "torch",
@@ -43,6 +44,8 @@ class SystemCard:
         threads: That torch uses within an operator, in the process that wrote the result.
             Rows of the benchmark have their own.
         memory_bytes: Installed memory.
+        memory_limit_bytes: That the cgroups of this process (a container) allow, or None.
+        cpu_quota: CPU time that they allow, in cores, or None.
         allocator: What LD_PRELOAD puts in the place of the C library's, or "libc".
     """
 
@@ -52,6 +55,8 @@ class SystemCard:
     cores: int
     threads: int
     memory_bytes: int
+    memory_limit_bytes: int | None
+    cpu_quota: float | None
     allocator: str
     platform: str
 
@@ -68,6 +73,8 @@ class SystemCard:
             cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
             threads=torch.get_num_threads(),
             memory_bytes=psutil.virtual_memory().total,
+            memory_limit_bytes=memory_limit(),
+            cpu_quota=cpu_quota(),
             allocator=_allocator(),
             platform=platform.platform(aliased=True, terse=True),
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ipex_sq.benchmark_config import LATENCY, BenchmarkConfig
 from ipex_sq.errors import ConfigError
-from ipex_sq.resources import by_core, cpu_list, online_cpus, parse_cpu_list
+from ipex_sq.resources import by_core, cpu_list, cpu_quota, online_cpus, parse_cpu_list
 
 NODES = Path("/sys/devices/system/node")
 
@@ -76,6 +76,12 @@ def core_notes(config: BenchmarkConfig, instances: Sequence[Sequence[int]]) -> l
         notes.append(
             f"OMP_NUM_THREADS={exported} does not count here: every process has {threads} "
             "thread(s), one for each of its cores (--cores_per_instance)"
+        )
+    quota = cpu_quota()
+    if quota is not None and quota < len(cores):
+        notes.append(
+            f"the CPU quota of this cgroup is {quota:.2f} cores, {len(cores)} are used: processes "
+            "are stopped until the next period when it is spent, and times contain that"
         )
     return notes
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
-
 from ipex_sq.benchmark_config import DECODE, PREFILL, BenchmarkConfig
 from ipex_sq.benchmarking.contenders import Contender
 from ipex_sq.benchmarking.limits import BYTES
 from ipex_sq.benchmarking.subjects import Subject
 from ipex_sq.errors import ResourceError
+from ipex_sq.resources import available_memory
 
 PROCESS_BYTES = 400 * 2**20
 """Python with torch and transformers."""
@@ -41,10 +40,10 @@ def check_memory(timed: Sequence[Contender], subject: Subject, config: Benchmark
     Raises:
         ResourceError: With what is needed and what is available.
     """
-    needed, available = needed_bytes(timed, subject, config), psutil.virtual_memory().available
+    needed, (available, where) = needed_bytes(timed, subject, config), available_memory()
     if needed > available:
         raise ResourceError(
             f"{len(timed)} models in {config.num_instances} instance(s) need about "
-            f"{needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available: take a smaller "
-            "--batch_size, --logits last, fewer instances, or fewer backends"
+            f"{needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available {where}: take a "
+            "smaller --batch_size, --logits last, fewer instances, or fewer backends"
         )

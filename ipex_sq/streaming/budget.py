@@ -15,6 +15,7 @@ from ipex_sq.errors import ResourceError
 from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.gptq import MOST_HESSIAN_BYTES
 from ipex_sq.recipe.samples import MOST_ROWS
+from ipex_sq.resources import available_memory
 from ipex_sq.streaming.blocks import StreamedModel
 
 FP32 = 4
@@ -96,8 +97,10 @@ def check_needs(needs: Needs, most: int | None, folder: Path) -> None:
     Raises:
         ResourceError: With what is needed and what there is.
     """
-    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    limit, name = (available, "available memory") if most is None else (most, "--max_memory")
+    limit, name = most, "--max_memory"
+    if limit is None:
+        left, where = available_memory()
+        limit, name = left + psutil.Process().memory_info().rss, f"what is available {where}"
     if needs.memory > limit:
         raise ResourceError(
             f"this needs about {_gib(needs.memory)} of memory at its peak, {name} is "

@@ -39,6 +39,7 @@ def machine(monkeypatch, tmp_path):
         (tmp_path / "cpus" / "online").write_text(",".join(map(str, online)) + "\n")
         monkeypatch.setattr(cores, "NODES", tmp_path / "nodes")
         monkeypatch.setattr(resources, "CPUS", tmp_path / "cpus")
+        monkeypatch.setattr(resources, "OWN_CGROUPS", tmp_path / "cgroup")
         mask = set(online if allowed is None else allowed)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: mask)
         monkeypatch.setattr(os, "cpu_count", lambda: len(online))
@@ -194,6 +195,18 @@ def test_an_exported_number_of_threads_that_is_not_used_is_named(monkeypatch, ex
     found = core_notes(config, instance_cores(config))
     assert len(found) == notes
     assert all(f"OMP_NUM_THREADS={exported} " in note for note in found)
+
+
+@pytest.mark.parametrize(("quota", "notes"), [("800000", 0), ("750000", 1), ("max", 0)])
+@pytest.mark.usefixtures("eight_cores")
+def test_a_cpu_quota_below_the_cores_is_named(monkeypatch, tmp_path, quota, notes):
+    (tmp_path / "cgroup").write_text("0::/\n")
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path)
+    config = BenchmarkConfig()
+    found = core_notes(config, instance_cores(config))
+    assert len(found) == notes
+    assert all("7.50 cores, 8 are used" in note for note in found)
 
 
 @pytest.mark.parametrize(("instances", "each"), [(1, 56), (2, 56), (3, 28), (4, 28), (112, 1)])

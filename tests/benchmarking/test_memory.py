@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from ipex_sq import resources
 from ipex_sq.benchmark_config import BenchmarkConfig
 from ipex_sq.benchmarking.contenders import Contender, contenders
 from ipex_sq.benchmarking.memory import needed_bytes
@@ -42,10 +43,17 @@ def test_more_of_anything_needs_more():
     assert step - last == shape_size("opt-125m").parameters
 
 
-def test_the_error_has_both_numbers(monkeypatch, capsys):
-    little = SimpleNamespace(available=2**30)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_error_has_both_numbers(monkeypatch, tmp_path, capsys, limited):
+    """Of a machine with 1 GiB, and of a container that may use 1 GiB of 512."""
+    machine = SimpleNamespace(available=2**39 if limited else 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    (tmp_path / "cgroup").write_text("0::/\n")
+    (tmp_path / "memory.max").write_text(str(2**30) if limited else "max")
+    monkeypatch.setattr(resources, "OWN_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path)
     monkeypatch.setattr("ipex_sq.benchmarking.run.run_benchmark", lambda *_a: pytest.fail("ran"))
     assert run(benchmark.command, ["--random_weights", "bert-base"]) == 2
     message = capsys.readouterr().err
-    assert "GiB, 1.0 GiB are available" in message
+    where = "under the memory limit of this cgroup" if limited else "on this machine"
+    assert f"GiB, 1.0 GiB are available {where}" in message
