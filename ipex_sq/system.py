@@ -27,6 +27,9 @@ VERSIONED_PACKAGES = (
     "safetensors",
 )
 
+X86 = ("x86_64", "AMD64")
+"""As `platform.machine` calls x86-64 on Linux and Windows."""
+
 EXACT_INT8_ISA = ("AMX", "AVX512-VNNI", "AVX2-VNNI")
 """Instruction sets that add u8 x s8 products in 32 bits. Older ones saturate at 16."""
 
@@ -38,7 +41,8 @@ class SystemCard:
     Attributes:
         cpu: Model name as the kernel gives it.
         isa: Widest int8 instruction set that oneDNN can use: "AMX",
-            "AVX512-VNNI", "AVX2-VNNI", "AVX512" or "AVX2".
+            "AVX512-VNNI", "AVX2-VNNI", "AVX512", "AVX2" or "none"; another
+            machine than x86-64 by its name.
         bf16: True where bf16 has instructions of its own.
         cores: Physical cores.
         threads: That torch uses within an operator, in the process that wrote the result.
@@ -111,28 +115,48 @@ _NOT_USED = {
     "AVX2_VNNI_2": _AVX512,
     "AVX2_VNNI": _AVX512,
     "AVX2": _AVX512 | {"avx_vnni"},
-    "AVX": _AVX512 | {"avx_vnni"},
-    "SSE41": _AVX512 | {"avx_vnni"},
+    "AVX": _AVX512 | {"avx_vnni", "avx2"},
+    "SSE41": _AVX512 | {"avx_vnni", "avx2"},
 }
 """Flags that oneDNN leaves alone for each value of ONEDNN_MAX_CPU_ISA."""
 
 
 def usable_flags() -> frozenset[str]:
     """Flags of the CPU that oneDNN may use: the user may have taken some away."""
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
-    return cpu_flags() - _NOT_USED.get(most.upper(), frozenset())
+    return cpu_flags() - _NOT_USED.get(_isa_cap().upper(), frozenset())
+
+
+def _isa_cap() -> str:
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
 
 
 def int8_isa() -> str:
-    """Widest int8 instruction set that oneDNN may use on this CPU."""
+    """Widest int8 instruction set that oneDNN may use on this CPU (see `SystemCard`)."""
+    if platform.machine() not in X86:
+        return platform.machine() or "none"
     flags = usable_flags()
     if {"amx_tile", "amx_int8"} <= flags:
         return "AMX"
-    if "avx512_vnni" in flags:
-        return "AVX512-VNNI"
-    if "avx_vnni" in flags:
-        return "AVX2-VNNI"
-    return "AVX512" if "avx512bw" in flags else "AVX2"
+    names = {"avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX2-VNNI", "avx512bw": "AVX512"}
+    names |= {"avx2": "AVX2"}
+    return next((name for flag, name in names.items() if flag in flags), "none")
+
+
+def int8_problem() -> str | None:
+    """Why this CPU cannot add int8 products exactly; None where it can."""
+    isa = int8_isa()
+    if isa in EXACT_INT8_ISA:
+        return None
+    cap = f" with ONEDNN_MAX_CPU_ISA={_isa_cap()}" if usable_flags() != cpu_flags() else ""
+    if platform.machine() not in X86:
+        found = f"this is {isa}"
+    elif not cpu_flags():
+        found = "of this one /proc/cpuinfo says nothing"
+    elif isa == "none":
+        found = f"this one has no AVX2{cap}"
+    else:
+        found = f"this one has {isa} only{cap}: int8 sums would saturate"
+    return f"int8 needs an x86-64 CPU with AVX512-VNNI, AVX2-VNNI or AMX, {found}"
 
 
 def has_bf16_instructions() -> bool:

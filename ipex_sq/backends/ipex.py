@@ -30,7 +30,13 @@ from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8, LinearPlan, PreScale, QuantPlan
 from ipex_sq.recipe.qparams import ActivationQParams
 from ipex_sq.recipe.splitting import append_rest, before_parts
-from ipex_sq.system import installed_version, int8_isa, keep_freed_memory, usable_flags
+from ipex_sq.system import (
+    installed_version,
+    int8_isa,
+    int8_problem,
+    keep_freed_memory,
+    usable_flags,
+)
 
 PACKAGE = "intel_extension_for_pytorch"
 IPEX_VERSION = "2.8"
@@ -116,8 +122,8 @@ class IpexBackend(Backend):
         transformers = installed_version("transformers") or "0.0"
         if tuple(int(part) for part in transformers.split(".")[:2]) >= TRANSFORMERS_BELOW:
             reasons.append(f"transformers {transformers}: IPEX works up to 4.52")
-        if not {"avx512_vnni", "avx_vnni"} & usable_flags():
-            reasons.append(f"the CPU has {int8_isa()} only")
+        if problem := int8_problem():
+            reasons.append(problem)
         return reasons
 
     def lower(self, model: nn.Module, plan: QuantPlan, example: Example, dtype: str) -> nn.Module:

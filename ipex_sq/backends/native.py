@@ -17,7 +17,7 @@ from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.models.topology import language_head
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.qparams import quantize_weight
-from ipex_sq.system import EXACT_INT8_ISA, give_freed_memory_back, int8_isa
+from ipex_sq.system import give_freed_memory_back, int8_isa, int8_problem
 
 
 class NativeBackend(Backend):
@@ -35,13 +35,12 @@ class NativeBackend(Backend):
 
     def unsupported_reasons(self) -> list[str]:
         """CPU without exact int8, no C++ compiler, or an operator that this torch lacks."""
-        reasons = []
-        if int8_isa() not in EXACT_INT8_ISA:
-            reasons.append(f"the CPU has {int8_isa()} only: int8 sums would saturate")
+        reasons = [problem] if (problem := int8_problem()) else []
         if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
             reasons.append(f"torch {torch.__version__} has no oneDNN int8 Linear: install 2.8 on")
-        problem = compiler_problem()
-        return [*reasons, problem] if problem else reasons
+        if problem := compiler_problem():
+            reasons.append(problem)
+        return reasons
 
     def optimize_float(self, model: nn.Module, dtype: str, example: Example) -> nn.Module:
         """Cast, and compile per layer as int8 is."""

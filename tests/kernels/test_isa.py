@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import INT8_BACKENDS
 
 from ipex_sq import system
+from ipex_sq.backends.ipex import IpexBackend
+from ipex_sq.backends.native import NativeBackend
 from ipex_sq.system import int8_isa
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +104,8 @@ def test_native_is_refused_where_sums_would_saturate(cap):
         ("AVX512_CORE", "AVX512", False),
         ("AVX2_VNNI", "AVX2-VNNI", False),
         ("AVX2", "AVX2", False),
+        ("AVX", "none", False),
+        ("SSE41", "none", False),
     ],
 )
 def test_every_cap_of_a_newer_cpu(monkeypatch, cap, isa, bf16):
@@ -109,3 +114,46 @@ def test_every_cap_of_a_newer_cpu(monkeypatch, cap, isa, bf16):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
     assert system.int8_isa() == isa
     assert system.has_bf16_instructions() is bf16
+
+
+def _flags(text):
+    return [f"flags\t\t: {text}"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpuinfo", "isa", "what"),
+    [
+        ("aarch64", ["Features\t: fp asimd i8mm bf16 sve"], "aarch64", "this is aarch64"),
+        ("x86_64", [], "none", "cpuinfo"),
+        ("x86_64", _flags("fpu sse4_2 avx"), "none", "this one has no AVX2"),
+        ("x86_64", _flags("avx avx2"), "AVX2", "has AVX2 only: int8 sums would saturate"),
+        ("x86_64", _flags("avx2 avx512bw"), "AVX512", "has AVX512 only: int8 sums would saturate"),
+        ("x86_64", _flags("avx2 avx_vnni"), "AVX2-VNNI", None),
+        ("x86_64", _flags("avx2 avx512bw avx512_vnni"), "AVX512-VNNI", None),
+    ],
+)
+def test_other_machines_are_called_what_they_are(monkeypatch, machine, cpuinfo, isa, what):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(system, "_cpuinfo", lambda: cpuinfo)
+    monkeypatch.setattr(system.platform, "machine", lambda: machine)
+    system.cpu_flags.cache_clear()
+    try:
+        assert int8_isa() == isa
+        problem = system.int8_problem()
+        reasons = [NativeBackend().unsupported_reasons()]
+        if "ipex" in INT8_BACKENDS:
+            reasons.append(IpexBackend().unsupported_reasons())
+    finally:
+        system.cpu_flags.cache_clear()
+    assert (problem is None) == (what is None)
+    for found in reasons:
+        assert [item for item in found if "x86-64" in item] == ([problem] if problem else [])
+    if what is not None:
+        assert what in problem
+        assert "AVX512-VNNI, AVX2-VNNI or AMX" in problem
+
+
+def test_a_cap_is_named_as_the_cause(monkeypatch):
+    monkeypatch.setattr(system, "cpu_flags", lambda: frozenset({"avx2", "avx512_vnni"}))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert "ONEDNN_MAX_CPU_ISA=AVX2" in system.int8_problem()
