@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from ipex_sq.benchmarking.limits import Limits, LimitsSession, Work
 from ipex_sq.benchmarking.session import Load, Sample, Session
 from ipex_sq.benchmarking.subjects import Subject
 from ipex_sq.benchmarking.workers import Worker
-from ipex_sq.errors import BackendUnavailableError, UnsupportedModelError
+from ipex_sq.errors import IpexSqError
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Entry:
 
     Attributes:
         workers: One process per instance.
+        processes: Ends them.
         samples: Of each instance.
         turns: Runs per second of all instances together, turn by turn.
         work: Of one instance.
@@ -38,6 +39,7 @@ class Entry:
 
     contender: Contender
     workers: list[Worker] = field(default_factory=list)
+    processes: ExitStack = field(default_factory=ExitStack)
     samples: list[Sample] = field(default_factory=list)
     turns: list[float] = field(default_factory=list)
     work: Work | None = None
@@ -52,12 +54,14 @@ def run_benchmark(
 ) -> tuple[Limits, list[dict[str, Any]]]:
     """Measure the limits, then every contender in turns.
 
+    One that fails, or whose process dies, costs the figures of its own row only.
+
     Returns:
         The limits, and the rows of the JSON document in the order of `timed`.
 
     Raises:
         ConfigError: Cores that cannot be had.
-        ResourceError: A process died.
+        ResourceError: The process that measures the limits died.
     """
     instances = instance_cores(config)
     every = [core for cores in instances for core in cores]
@@ -66,20 +70,46 @@ def run_benchmark(
         limits: Limits = meter.call("measure")
     with ExitStack() as stack:
         entries = [_start(item, (subject, config, instances), stack) for item in _bar(timed)]
-        ready = [entry for entry in entries if not entry.reason]
         for turn in tqdm(range(config.rounds), desc="rounds", disable=None, leave=False):
+            ready = _ready(entries)
             first = turn % len(ready) if ready else 0
             for entry in ready[first:] + ready[:first]:
-                _take_turn(entry, config)
-        for entry in ready:
-            stats = [worker.call("describe")[2] for worker in entry.workers]
-            entry.described["peak_rss_bytes"] = sum(item["peak_rss_bytes"] for item in stats)
-            peer = entry.contender.peer
-            if peer is None or peer.in_torch:  # else torch sees none of its operators
-                entry.breakdown = entry.workers[0].call("breakdown")  # its events take memory
+                with _alone(entry):
+                    _take_turn(entry, config)
+        for entry in _ready(entries):
+            with _alone(entry):
+                _finish(entry)
     rows = [_row(entry, (subject, config), (limits, instances)) for entry in entries]
     add_speedups(rows)
     return limits, rows
+
+
+def check_timed(rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse a result without figures.
+
+    Raises:
+        IpexSqError: With the reason of every row.
+    """
+    if not any("p50_ms" in row for row in rows):
+        reasons = "; ".join(f"{row['label']} {row['backend']}: {row['reason']}" for row in rows)
+        raise IpexSqError(f"nothing was timed: {reasons}")
+
+
+@contextmanager
+def _alone(entry: Entry) -> Iterator[None]:
+    """Inside the block an error of the entry ends its processes and is the reason of its row.
+
+    A row has the figures of all turns or none: fewer would be those of other moments.
+    """
+    try:
+        yield
+    except IpexSqError as error:
+        entry.reason = " ".join(str(error).split()) or type(error).__name__
+        entry.processes.close()
+
+
+def _ready(entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if not entry.reason]
 
 
 def _start(
@@ -89,16 +119,15 @@ def _start(
 ) -> Entry:
     subject, config, instances = setting
     entry = Entry(contender)
+    stack.enter_context(entry.processes)
     factory = functools.partial(Session, contender, subject, config)
     for cores in instances:
         worker = Worker(str(contender), factory, cores, bind=config.pinned)
-        entry.workers.append(stack.enter_context(worker))
-    try:
+        entry.workers.append(entry.processes.enter_context(worker))
+    with _alone(entry):
         for worker in entry.workers:
             worker.ready()
         entry.work, entry.load, entry.described = entry.workers[0].call("describe")
-    except (UnsupportedModelError, BackendUnavailableError) as error:
-        entry.reason = str(error)
     return entry
 
 
@@ -110,6 +139,15 @@ def _take_turn(entry: Entry, config: BenchmarkConfig) -> None:
     entry.turns.append(sum(1000 * len(runs) / sum(run.ms for run in runs) for runs in found))
     for runs in found:
         entry.samples += runs
+
+
+def _finish(entry: Entry) -> None:
+    """The memory that all instances took, and the breakdown of one."""
+    stats = [worker.call("describe")[2] for worker in entry.workers]
+    entry.described["peak_rss_bytes"] = sum(item["peak_rss_bytes"] for item in stats)
+    peer = entry.contender.peer
+    if peer is None or peer.in_torch:  # else torch sees none of its operators
+        entry.breakdown = entry.workers[0].call("breakdown")  # its events take memory
 
 
 def _row(

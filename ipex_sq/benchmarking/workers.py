@@ -52,8 +52,15 @@ class Worker:
         self.receive()
 
     def send(self, method: str, *arguments: Any) -> None:
-        """Start a method; `receive` gives what it returns."""
-        self._connection.send((method, arguments))
+        """Start a method; `receive` gives what it returns.
+
+        Raises:
+            ResourceError: The process died while it waited.
+        """
+        try:
+            self._connection.send((method, arguments))
+        except ConnectionError as gone:
+            raise self._died() from gone
 
     def receive(self) -> Any:
         """What the method that was sent returned.
@@ -66,11 +73,7 @@ class Worker:
         try:
             value, error, trace = self._connection.recv()
         except (EOFError, ConnectionError) as gone:
-            self._process.join()
-            raise ResourceError(
-                f"the process of {self.name} died (exit code {self._process.exitcode}): it was "
-                "killed, or memory ran out"
-            ) from gone
+            raise self._died() from gone
         if isinstance(error, IpexSqError):
             raise error
         if error is not None:
@@ -81,6 +84,13 @@ class Worker:
         """Send and receive."""
         self.send(method, *arguments)
         return self.receive()
+
+    def _died(self) -> ResourceError:
+        self._process.join()
+        return ResourceError(
+            f"the process of {self.name} died (exit code {self._process.exitcode}): it was "
+            "killed, or memory ran out"
+        )
 
     def __enter__(self) -> Worker:
         return self
@@ -105,13 +115,13 @@ def _serve(connection: Connection, factory: Callable[[], Any], threads: int) -> 
     # Else the environment of who started the benchmark decides; peers take torch's number.
     torch.set_num_threads(threads)
     made: list[Any] = []
-    _answer(connection, lambda: made.append(factory()))
-    while made:
-        try:
+    try:
+        _answer(connection, lambda: made.append(factory()))
+        while made:
             method, arguments = connection.recv()
-        except EOFError:
-            return
-        _answer(connection, lambda: getattr(made[0], method)(*arguments))  # noqa: B023
+            _answer(connection, lambda: getattr(made[0], method)(*arguments))  # noqa: B023
+    except (EOFError, ConnectionError):  # the other end has closed: nobody waits for an answer
+        return
 
 
 def _answer(connection: Connection, work: Callable[[], Any]) -> None:

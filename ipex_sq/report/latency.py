@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ipex_sq.report.rows import missing_notes, ratio
 from ipex_sq.report.tables import format_table
 
 HEADER = (
@@ -30,11 +31,7 @@ def latency_report(result: dict[str, Any]) -> str:
     lines = [*_title(result), ""]
     header = headers.get(result["config"]["workload"], HEADER)
     lines.append(format_table(header, [_cells(row) for row in timed]))
-    lines += [
-        f"{row['label']} {row['backend']}: no figures: {row['reason']}"
-        for row in rows
-        if row["reason"]
-    ]
+    lines += missing_notes(rows)
     lines.append(_limits(result["limits"]))
     return "\n".join(lines)
 
@@ -72,8 +69,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         backend_and_head(row),
         *times,
         f"{row['p05_ms']:.0f}-{row['p95_ms']:.0f}",
-        _ratio(row["speedup_vs_fp32"]),
-        _ratio(row["speedup_vs_bf16"]),
+        ratio(row["speedup_vs_fp32"]),
+        ratio(row["speedup_vs_bf16"]),
         f"{rate:.1f}",
         f"{row['limit_share']:.0%}",
         " / ".join(f"{100 * share:.0f}" for share in row["breakdown"].values()) or "-",
@@ -85,10 +82,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def backend_and_head(row: Mapping[str, Any]) -> str:
     """The backend, and that its head is int8 where it is: a good part of a small model's work."""
     return f"{row['backend']}, int8 head" if row.get("head") == "int8" else str(row["backend"])
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
 
 
 def _limits(limits: dict[str, Any]) -> str:

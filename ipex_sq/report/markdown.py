@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ipex_sq.errors import DataError
 from ipex_sq.report.latency import backend_and_head
-from ipex_sq.report.rows import alpha_cell, number
+from ipex_sq.report.rows import alpha_cell, missing_notes, number, ratio
 from ipex_sq.report.tables import markdown_table
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
@@ -41,8 +41,13 @@ def with_tables(document: str, read: Callable[[str], Mapping[str, Any]]) -> str:
 
 
 def result_table(result: Mapping[str, Any]) -> str:
-    """The rows of an accuracy run or of a benchmark."""
+    """The rows of an accuracy run or of a benchmark, and below them why others have no figures."""
     rows = [row for row in result["results"] if not row.get("reason")]
+    notes = missing_notes(result["results"])
+    return "\n\n".join([_table(rows), *notes] if rows else notes)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     if "last_word_accuracy" in rows[0]:
         return markdown_table(ACCURACY, [_accuracy(row) for row in rows])
     header = {"decode": DECODE, "lambada": LAMBADA}.get(rows[0]["workload"], LATENCY)
@@ -74,7 +79,7 @@ def _latency(row: Mapping[str, Any]) -> tuple[str, ...]:
         _MODELS.get(row["label"], row["label"]),
         backend_and_head(row),
         *times,
-        f"{row['speedup_vs_fp32']:.2f}x",
-        f"{row['speedup_vs_bf16']:.2f}x",
+        ratio(row["speedup_vs_fp32"]),
+        ratio(row["speedup_vs_bf16"]),
         f"{row['limit_share']:.0%}",
     )

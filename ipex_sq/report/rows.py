@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -45,3 +46,17 @@ def run_note(row: dict[str, Any]) -> str:
         f"{row['dtype']} elsewhere; rounded per token: {per_token or 'none'}; "
         f"float: {reasons or 'none'}{smoothing}"
     )
+
+
+def ratio(value: float | None) -> str:
+    """A speedup, or "-" where there is no baseline."""
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def missing_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why rows have no figures, a line for each."""
+    return [
+        f"{row['label']} {row['backend']}: no figures: {row['reason']}"
+        for row in rows
+        if row.get("reason")
+    ]

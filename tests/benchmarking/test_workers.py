@@ -1,6 +1,8 @@
 """Objects in processes of their own."""
 
 import os
+import signal
+import time
 
 import pytest
 import torch
@@ -24,6 +26,12 @@ class Thing:
 
     def fail(self):
         raise ValueError("a mistake")
+
+    def number(self):
+        return os.getpid()
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
 
     def die(self):
         os._exit(9)
@@ -73,6 +81,22 @@ def test_errors_come_back_and_the_process_lives_on():
         assert worker.call("add", 1, 1) == 2
         with pytest.raises(ResourceError, match="a thing died"):
             worker.call("die")
+
+
+def test_a_process_that_was_killed_while_it_slept():
+    with Worker("a thing", Thing, sorted(os.sched_getaffinity(0))) as worker:
+        worker.ready()
+        os.kill(worker.call("number"), signal.SIGKILL)
+        time.sleep(0.2)
+        with pytest.raises(ResourceError, match="a thing died"):
+            worker.call("add", 1, 1)
+
+
+def test_a_busy_process_ends_quietly(capfd):
+    with Worker("a thing", Thing, sorted(os.sched_getaffinity(0))) as worker:
+        worker.ready()
+        worker.send("sleep", 0.2)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_object_that_cannot_be_made():
