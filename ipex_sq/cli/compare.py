@@ -13,7 +13,8 @@ from ipex_sq.errors import DataError
 
 DESCRIPTION = """\
 Compare two results that benchmark.py wrote with --output: the rows that both have, B against A, and
-whether the difference is larger than the spread of the runs.
+whether the difference is larger than the spread of the runs. Both must be of one model, workload
+and data; what differs of machine, versions and measuring is said above the table.
 """
 
 EXAMPLES = """\
@@ -34,30 +35,30 @@ def command(arguments: Sequence[str]) -> None:
     """Parse, compare, print.
 
     Raises:
+        ConfigError: They are of other models, workloads or data.
         DataError: A file is missing or no result, or they share no row.
     """
     flags = parser().parse_args(arguments)
     check_output(flags.output)
 
-    from ipex_sq.report.comparison import compare_results
+    from ipex_sq.report.comparison import compare_results, differences
     from ipex_sq.report.latency import comparison_report
 
     first, second = _read(flags.a), _read(flags.b)
     rows = compare_results(first, second)
     names = (flags.a.name, flags.b.name)
-    result = {"a": names[0], "b": names[1], "results": rows}
-    show(comparison_report(names, rows), result, flags.output)
+    other = differences(first, second)
+    result = {"a": names[0], "b": names[1], "differences": other, "results": rows}
+    show(comparison_report(names, other, rows), result, flags.output)
 
 
 def _read(path: Path) -> dict[str, Any]:
+    from ipex_sq.report.comparison import check_result
+
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        rows = document["results"]
-        complete = all(isinstance(row["label"], str) and "workload" in row for row in rows)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no result of benchmark.py: {error!r}") from error
-    if not complete:
-        raise DataError(f"{path} is no result of benchmark.py: its rows lack a workload")
-    return dict(document)
+    except ValueError as error:
+        raise DataError(f"{path} is no result of benchmark.py: {error}") from error
+    return check_result(document, str(path))

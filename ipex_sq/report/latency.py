@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ipex_sq.report.rows import missing_notes, ratio
@@ -92,15 +92,17 @@ def _limits(limits: dict[str, Any]) -> str:
     return f"limits measured in this run: {', '.join(parts)}"
 
 
-def comparison_report(names: tuple[str, str], rows: list[dict[str, Any]]) -> str:
-    """Render what `compare` found: two results side by side."""
+def comparison_report(
+    names: tuple[str, str], other: Mapping[str, Sequence[Any]], rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """Render what `compare` found: two results side by side, `other` than the code that ran."""
     header = (
         "model", "backend", "workload", "batch x tokens", "A ms", "B ms", "B vs A", "verdict",
     )  # fmt: skip
     cells = [
         (
             row["label"],
-            row["backend"],
+            backend_and_head(row),
             row["workload"],
             f"{row['batch']} x {row['tokens']}",
             f"{row['a_ms']:.1f}",
@@ -110,4 +112,5 @@ def comparison_report(names: tuple[str, str], rows: list[dict[str, Any]]) -> str
         )
         for row in rows
     ]
-    return f"A: {names[0]}\nB: {names[1]}\n\n{format_table(header, cells)}"
+    notes = [f"{name} differs: A {a}, B {b}" for name, (a, b) in other.items()]
+    return "\n".join([f"A: {names[0]}", f"B: {names[1]}", *notes, "", format_table(header, cells)])

@@ -1,15 +1,11 @@
 """From samples to rows: ratios, limits, comparisons."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
 from ipex_sq.benchmarking.limits import Limits, Work, work_of
 from ipex_sq.benchmarking.run import add_speedups, quantile
-from ipex_sq.cli import compare
-from ipex_sq.cli.running import run
 from ipex_sq.models.generating import timed_generation
 from ipex_sq.models.loading import skeleton, task_of
 from ipex_sq.models.tiny import tiny_model
@@ -32,6 +28,7 @@ def _row(label, backend, p50, **others):
         "p05_ms": 0.95 * p50,
         "p95_ms": 1.1 * p50,
         "batches_per_s": 1000 / p50,
+        "runs": 9,
         **others,
     }
 
@@ -78,39 +75,6 @@ def test_every_new_token_is_clocked():
     assert len(times) == 6
     assert times == sorted(times)
     assert times[0] > 0
-
-
-def _file(path, rows):
-    path.write_text(json.dumps({"results": rows}))
-    return str(path)
-
-
-def test_compare_tells_a_difference_from_the_spread(tmp_path, capsys):
-    a = _file(tmp_path / "a.json", [_row("int8", "native", 10.0), _row("bf16", "eager", 20.0)])
-    b = _file(tmp_path / "b.json", [_row("bf16", "eager", 20.5), _row("int8", "native", 5.0)])
-    assert run(compare.command, [a, b]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    assert [(row["label"], row["verdict"]) for row in rows] == [
-        ("int8", "faster"),
-        ("bf16", "within the spread"),
-    ]
-    assert rows[0]["speedup"] == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"results": [{}]}', '{"results": 3}'])
-def test_compare_refuses_what_is_no_result(tmp_path, capsys, content):
-    good = _file(tmp_path / "a.json", [_row("int8", "native", 10.0)])
-    bad = tmp_path / "b.json"
-    bad.write_text(content)
-    assert run(compare.command, [good, str(bad)]) == 2
-    assert "b.json is no result" in capsys.readouterr().err
-
-
-def test_compare_refuses_results_that_share_nothing(tmp_path, capsys):
-    a = _file(tmp_path / "a.json", [_row("int8", "native", 10.0)])
-    b = _file(tmp_path / "b.json", [_row("int8", "native", 10.0, batch=2)])
-    assert run(compare.command, [a, b]) == 2
-    assert "share no row" in capsys.readouterr().err
 
 
 def test_work_counts_what_stays_float_apart():
