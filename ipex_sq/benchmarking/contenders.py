@@ -13,9 +13,9 @@ from ipex_sq.backends.base import Backend
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.quantization import check_config, quantize_model
 from ipex_sq.backends.registry import choose_backend
-from ipex_sq.benchmarking.limits import Work, work_of
 from ipex_sq.benchmarking.peers import PEERS, Peer, build_peer, check_peer
 from ipex_sq.benchmarking.subjects import Subject
+from ipex_sq.benchmarking.work import Work, work_of
 from ipex_sq.checkpoint.folders import read_manifest
 from ipex_sq.checkpoint.plans import load_plan
 from ipex_sq.checkpoint.saving import load

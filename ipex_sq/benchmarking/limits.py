@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ipex_sq.kernels.int8_linear import Int8Linear
-from ipex_sq.models.first_token import find_first_token, give_values
-from ipex_sq.models.topology import quantizable_linears
 from ipex_sq.recipe.qparams import ActivationQParams
 from ipex_sq.system import EXACT_INT8_ISA, int8_isa
 
@@ -48,58 +45,6 @@ class Limits:
         """Operations a second of a precision."""
         found = {"bf16": self.bf16_gflops, "fp32": self.fp32_gflops, "int8": self.int8_gops}
         return 1e9 * (found[precision] or self.fp32_gflops)
-
-
-@dataclass(frozen=True)
-class Work:
-    """The Linears of a model: what its speed is bounded by. Attention is not counted.
-
-    Attributes:
-        body: Weights of the Linears that may become int8.
-        head: Weights of the others: the head, and what stays float.
-        precision: Of the body.
-        head_precision: Of the head.
-        first_token: Those of the body that a classifier needs for one token of each text only.
-    """
-
-    body: int
-    head: int
-    precision: str
-    head_precision: str
-    first_token: int = 0
-
-    def least_seconds(self, limits: Limits, tokens: float, predictions: float) -> float:
-        """No run is faster: its products at the measured rates, or its weights read once.
-
-        Args:
-            limits: Of this machine.
-            tokens: That run through the body.
-            predictions: Positions whose logits are computed.
-        """
-        body = (self.body - self.first_token) * tokens + self.first_token * predictions
-        products = 2 * body / limits.rate(self.precision)
-        products += 2 * self.head * predictions / limits.rate(self.head_precision)
-        read = self.body * BYTES[self.precision] + self.head * BYTES[self.head_precision]
-        return max(products, read / (1e9 * limits.bandwidth_gbs))
-
-
-def work_of(model: nn.Module, precision: str, head_precision: str) -> Work:
-    """Count the Linears of a float model that will run in `precision`.
-
-    One on the meta device is given values: which tokens it needs is found by running it.
-    """
-    found, _ = quantizable_linears(model)
-    linears = set(found.values())
-    every = sum(item.weight.numel() for item in model.modules() if isinstance(item, nn.Linear))
-    body = _weights(linears)
-    give_values(model)
-    first_token = find_first_token(model)
-    few = _weights(linears.intersection(first_token.linears)) if first_token else 0
-    return Work(body, every - body, precision, head_precision, few)
-
-
-def _weights(linears: Iterable[nn.Linear]) -> int:
-    return sum(linear.weight.numel() for linear in linears)
 
 
 class LimitsSession:

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from ipex_sq.benchmark_config import CLASSIFY, DECODE, BenchmarkConfig
 from ipex_sq.benchmarking.contenders import Contender
 from ipex_sq.benchmarking.cores import instance_cores
-from ipex_sq.benchmarking.limits import Limits, LimitsSession, Work
+from ipex_sq.benchmarking.limits import Limits, LimitsSession
 from ipex_sq.benchmarking.session import Load, Sample, Session
 from ipex_sq.benchmarking.subjects import Subject
+from ipex_sq.benchmarking.work import Work
 from ipex_sq.benchmarking.workers import Worker
 from ipex_sq.errors import IpexSqError
 
@@ -185,16 +186,18 @@ def _row(
     }
     assert entry.work is not None and entry.load is not None  # noqa: S101, PT018
     row["head"] = entry.work.head_precision
-    least = entry.work.least_seconds(limits, entry.load.tokens, entry.load.predictions)
-    tokens = entry.load.tokens
+    tokens, runs_per_s = entry.load.tokens, row["batches_per_s"]
     if config.workload == DECODE:
         ttft = statistics.median(sample.ttft_ms or 0.0 for sample in entry.samples)
         tpot = statistics.median(sample.tpot_ms or 0.0 for sample in entry.samples)
-        share = 1000 * least * len(instances) / tpot
-        row |= {"ttft_ms": ttft, "tpot_ms": tpot, "limit_share": share}
-        tokens = config.batch_size * config.new_tokens
+        row |= {"ttft_ms": ttft, "tpot_ms": tpot}
+        tokens, runs_per_s = config.batch_size * config.new_tokens, 1000 * len(instances) / tpot
+    row["limit_share"] = None
+    if entry.work.unknown:
+        row["limit_unknown"] = entry.work.unknown
     else:
-        row["limit_share"] = least * row["batches_per_s"]
+        least = entry.work.least_seconds(limits, entry.load.tokens, entry.load.predictions)
+        row["limit_share"] = least * runs_per_s
     if entry.load.documents is not None:
         row["tokens"] = round(tokens / entry.load.documents)
         row["docs_per_s"] = row["batches_per_s"] * entry.load.documents

@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from ipex_sq.benchmark_config import DECODE, LAMBADA, BenchmarkConfig
 from ipex_sq.benchmarking.contenders import Contender, Prepared, prepare
-from ipex_sq.benchmarking.limits import Work
 from ipex_sq.benchmarking.subjects import Subject
+from ipex_sq.benchmarking.work import Work
 from ipex_sq.config import EvaluationConfig
 from ipex_sq.data.documents import Document
 from ipex_sq.errors import UnsupportedModelError

@@ -65,7 +65,7 @@ def find_first_token(model: nn.Module) -> FirstToken | None:
         return None
     try:
         with torch.no_grad():
-            copied = _copy(model)
+            copied = copy_modules(model)
             found = _find(copied, find_layers(copied)[-1])
     except Exception as error:  # noqa: BLE001  # of the model's own code, which a real text may not raise
         logger.debug("the last layer runs on all tokens: %r", error)
@@ -102,7 +102,7 @@ def give_values(model: nn.Module) -> None:
     model._apply(value)
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_modules(model: nn.Module) -> nn.Module:
     """Modules of its own with the same tensors: BigBird exchanges modules for a short text."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ipex_sq.report.rows import missing_notes, ratio
+from ipex_sq.report.rows import missing_notes, ratio, share
 from ipex_sq.report.tables import format_table
 
 HEADER = (
@@ -32,6 +32,8 @@ def latency_report(result: dict[str, Any]) -> str:
     header = headers.get(result["config"]["workload"], HEADER)
     lines.append(format_table(header, [_cells(row) for row in timed]))
     lines += missing_notes(rows)
+    unknown = [row["limit_unknown"] for row in timed if row.get("limit_unknown")]
+    lines += [f"share of the limit unknown: {reason}" for reason in dict.fromkeys(unknown)]
     lines.append(_limits(result["limits"]))
     return "\n".join(lines)
 
@@ -72,8 +74,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         ratio(row["speedup_vs_fp32"]),
         ratio(row["speedup_vs_bf16"]),
         f"{rate:.1f}",
-        f"{row['limit_share']:.0%}",
-        " / ".join(f"{100 * share:.0f}" for share in row["breakdown"].values()) or "-",
+        share(row["limit_share"]),
+        " / ".join(f"{100 * part:.0f}" for part in row["breakdown"].values()) or "-",
         f"{row['setup_s']:.1f}",
         f"{row['peak_rss_bytes'] / 2**30:.1f}",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from ipex_sq.errors import DataError
 from ipex_sq.report.latency import backend_and_head
-from ipex_sq.report.rows import alpha_cell, missing_notes, number, ratio
+from ipex_sq.report.rows import alpha_cell, missing_notes, number, ratio, share
 from ipex_sq.report.tables import markdown_table
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
@@ -81,5 +81,5 @@ def _latency(row: Mapping[str, Any]) -> tuple[str, ...]:
         *times,
         ratio(row["speedup_vs_fp32"]),
         ratio(row["speedup_vs_bf16"]),
-        f"{row['limit_share']:.0%}",
+        share(row["limit_share"]),
     )

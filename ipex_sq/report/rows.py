@@ -53,6 +53,11 @@ def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
+def share(value: float | None) -> str:
+    """Of the limit, or "-" where that is unknown."""
+    return "-" if value is None else f"{value:.0%}"
+
+
 def missing_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Why rows have no figures, a line for each."""
     return [

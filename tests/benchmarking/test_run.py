@@ -5,9 +5,10 @@ import pytest
 from ipex_sq.benchmark_config import BenchmarkConfig
 from ipex_sq.benchmarking import run as running
 from ipex_sq.benchmarking.contenders import Contender
-from ipex_sq.benchmarking.limits import Limits, Work
+from ipex_sq.benchmarking.limits import Limits
 from ipex_sq.benchmarking.session import Load, Sample
 from ipex_sq.benchmarking.subjects import RANDOM, Subject
+from ipex_sq.benchmarking.work import Work
 from ipex_sq.cli import benchmark
 from ipex_sq.cli.running import run as run_command
 from ipex_sq.errors import IpexSqError, NumericalCheckError, ResourceError
@@ -30,6 +31,7 @@ class FakeSession:
     """Fails as `failures` say: the error by label and method, a turn by its number."""
 
     failures: dict = {}  # noqa: RUF012
+    stats: dict = {"setup_s": 1.0, "peak_rss_bytes": 1}  # noqa: RUF012
 
     def __init__(self, contender, _subject, _config):
         self.label, self.turns = contender.label, 0
@@ -41,7 +43,7 @@ class FakeSession:
             raise error
 
     def describe(self):
-        return Work(1, 1, "fp32", "fp32"), Load(1, 1), {"setup_s": 1.0, "peak_rss_bytes": 1}
+        return Work(1, 1, "fp32", "fp32"), Load(1, 1), dict(self.stats)
 
     def take_turn(self, _runs, _seconds):
         self.turns += 1
@@ -180,6 +182,17 @@ def test_a_run_in_which_nothing_was_timed_fails(failures, tmp_path, capsys):
     assert not output.exists(), "a result of an earlier run stays"
     with pytest.raises(IpexSqError, match="nothing was timed"):
         running.check_timed([{"label": "fp32", "backend": "eager", "reason": "cannot"}])
+
+
+def test_an_unknown_share_is_null_and_said(failures, monkeypatch):
+    reason = "experts.down_proj is the weight of no Linear"
+    described = Work(0, 0, "fp32", "fp32", unknown=reason), Load(1, 1), FakeSession.stats
+    monkeypatch.setattr(FakeSession, "describe", lambda _self: described)
+    _, rows = running.run_benchmark([FP32], BERT, BenchmarkConfig())
+    assert rows[0]["limit_share"] is None
+    assert rows[0]["limit_unknown"] == reason
+    assert reason in latency_report(_result(rows))
+    assert "| - |" in result_table(_result(rows))
 
 
 def test_tables_do_without_a_baseline():
