@@ -1,14 +1,14 @@
-"""Whether a benchmark fits in memory, asked before anything is allocated."""
+"""Whether a benchmark fits in memory and in the model, asked before anything is allocated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ipex_sq.benchmark_config import DECODE, PREFILL, BenchmarkConfig
+from ipex_sq.benchmark_config import DECODE, LAMBADA, PREFILL, BenchmarkConfig
 from ipex_sq.benchmarking.contenders import Contender
 from ipex_sq.benchmarking.limits import BYTES
 from ipex_sq.benchmarking.subjects import Subject
-from ipex_sq.errors import ResourceError
+from ipex_sq.errors import ConfigError, ResourceError
 from ipex_sq.resources import available_memory
 
 PROCESS_BYTES = 400 * 2**20
@@ -46,4 +46,23 @@ def check_memory(timed: Sequence[Contender], subject: Subject, config: Benchmark
             f"{len(timed)} models in {config.num_instances} instance(s) need about "
             f"{needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available {where}: take a "
             "smaller --batch_size, --logits last, fewer instances, or fewer backends"
+        )
+
+
+def check_length(subject: Subject, config: BenchmarkConfig) -> None:
+    """Refuse texts that the model would fail on.
+
+    Raises:
+        ConfigError: With the positions that are asked for and those of the model.
+    """
+    if config.workload == LAMBADA:
+        return  # its documents are checked when they are read
+    asked, flags = config.sequence_length, f"--sequence_length {config.sequence_length}"
+    if config.workload == DECODE:
+        asked += config.new_tokens - 1  # the last new token is not read
+        flags += f" and --new_tokens {config.new_tokens}"
+    positions = subject.size().positions
+    if positions is not None and asked > positions:
+        raise ConfigError(
+            f"{flags} take {asked} positions, {subject.name} has {positions}: take fewer tokens"
         )

@@ -104,7 +104,7 @@ def command(arguments: Sequence[str]) -> None:
 
     from ipex_sq.benchmarking.contenders import Contender, contenders, peer_contenders
     from ipex_sq.benchmarking.cores import core_notes, instance_cores, resolve_preset
-    from ipex_sq.benchmarking.memory import check_memory
+    from ipex_sq.benchmarking.memory import check_length, check_memory
     from ipex_sq.benchmarking.run import check_timed, run_benchmark
     from ipex_sq.evaluation.runs import describe_texts
     from ipex_sq.report.latency import latency_report
@@ -119,6 +119,7 @@ def command(arguments: Sequence[str]) -> None:
     timed += peer_contenders(flags.peers)
     if folder is not None:
         timed.append(Contender(*_checkpoint_label(folder), "int8", checkpoint=str(folder)))
+    check_length(subject, config)
     check_memory(timed, subject, config)
     limits, rows = run_benchmark(timed, subject, config)
     check_timed(rows)  # else --output keeps the result of an earlier run

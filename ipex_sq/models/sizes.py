@@ -1,4 +1,4 @@
-"""How large a model is, before any of it is in memory."""
+"""How large a model is and how long its texts, before any of it is in memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ipex_sq.models.loading import (
     loading_errors,
     resolve_source,
 )
+from ipex_sq.models.positions import position_limit
 from ipex_sq.models.shapes import is_classifier_shape, shape_config
 
 
@@ -22,10 +23,12 @@ class ModelSize:
     Attributes:
         parameters: Number of weights, tied ones once.
         outputs: Numbers per prediction: the vocabulary, or the classes.
+        positions: Most tokens of a text; None where the model sets no limit.
     """
 
     parameters: int
     outputs: int
+    positions: int | None = None
 
 
 def named_size(name_or_path: str, task: str, *, trust_remote_code: bool = False) -> ModelSize:
@@ -74,4 +77,4 @@ def _size(config: Any, task: str, trust_remote_code: bool) -> ModelSize:
         model = kinds[task].from_config(config, trust_remote_code=trust_remote_code)
     parameters = sum(item.numel() for item in model.parameters())
     outputs = config.vocab_size if task == CAUSAL_LM else config.num_labels
-    return ModelSize(parameters, int(outputs))
+    return ModelSize(parameters, int(outputs), position_limit(model))

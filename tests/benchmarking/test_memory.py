@@ -8,7 +8,7 @@ import pytest
 from ipex_sq import resources
 from ipex_sq.benchmark_config import BenchmarkConfig
 from ipex_sq.benchmarking.contenders import Contender, contenders
-from ipex_sq.benchmarking.memory import needed_bytes
+from ipex_sq.benchmarking.memory import check_length, needed_bytes
 from ipex_sq.benchmarking.subjects import RANDOM, Subject
 from ipex_sq.cli import benchmark
 from ipex_sq.cli.running import run
@@ -57,3 +57,34 @@ def test_the_error_has_both_numbers(monkeypatch, tmp_path, capsys, limited):
     message = capsys.readouterr().err
     where = "under the memory limit of this cgroup" if limited else "on this machine"
     assert f"GiB, 1.0 GiB are available {where}" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        (["bert-base", "--sequence_length", "513"], "513 positions, bert-base has 512"),
+        (["opt-125m", "--sequence_length", "2049"], "2049 positions, opt-125m has 2048"),
+        (
+            ["opt-125m", "--workload", "decode", "--sequence_length", "2040", "--new_tokens", "10"],
+            "--sequence_length 2040 and --new_tokens 10 take 2049 positions, opt-125m has 2048",
+        ),
+    ],
+)
+def test_a_text_longer_than_the_model_is_refused_before_any_work(monkeypatch, capsys, flags, asked):
+    monkeypatch.setattr("ipex_sq.benchmarking.run.run_benchmark", lambda *_a: pytest.fail("ran"))
+    assert run(benchmark.command, ["--random_weights", *flags, "--batch_size", "1"]) == 2
+    assert asked in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bert-base", {"sequence_length": 512}),
+        ("bert-base", {"sequence_length": 512, "new_tokens": 100}),
+        ("opt-125m", {"sequence_length": 2040, "new_tokens": 9, "workload": "decode"}),
+        ("bloom-560m", {"sequence_length": 5000}),
+        ("llama-1b", {"sequence_length": 5000}),
+    ],
+)
+def test_a_text_that_the_model_can_read_is_timed(name, settings):
+    check_length(Subject(name, RANDOM), BenchmarkConfig(**settings))

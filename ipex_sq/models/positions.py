@@ -1,0 +1,45 @@
+"""How long a text a model can read before it fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+TABLES = ("position_embeddings", "embed_positions", "wpe")
+"""How models call a table with a row for each position."""
+
+BIAS_TABLES = ("mpt",)
+"""Models that make a bias for each position when they run, as many as the configuration says."""
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Most tokens of a text; None where positions are computed as needed.
+
+    Rotary embeddings and BLOOM's biases run beyond what the configuration says, learned embeddings
+    and stored tables do not.
+
+    Args:
+        model: On any device: shapes alone are read.
+    """
+    config: Any = model.config
+    found = [_rows(item) for name, item in model.named_modules() if _is_table(name, item)]
+    found += [len(item) for name, item in model.named_buffers() if _last(name) in TABLES]
+    if config.model_type in BIAS_TABLES:
+        found.append(int(config.max_seq_len))
+    return min(found, default=None)
+
+
+def _is_table(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and _last(name) in TABLES
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _rows(table: nn.Embedding) -> int:
+    """Those of text: OPT leaves the first two out, RoBERTa all up to the padding index."""
+    if table.padding_idx is not None:
+        return table.num_embeddings - table.padding_idx - 1
+    return table.num_embeddings - int(getattr(table, "offset", 0))
