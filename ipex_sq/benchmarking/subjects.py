@@ -81,11 +81,14 @@ class Subject:
         model, tokenizer = load_model(self.name, trust_remote_code=trust)
         if self.texts is not None and self.texts.calibration is not None:
             documents = self.texts.calibration.documents
-            batches = calibration_batches(documents, tokenizer, max_tokens=self.calib_max_tokens)
+            most = self.calib_max_tokens
+            batches = calibration_batches(documents, tokenizer, most, appended=False)
             return Loaded(model, batches, tokenizer)
         texts = load_lambada("embedded", purpose="calibration").documents
         chosen_texts = choose_texts(texts, CALIBRATION_TEXTS, DataConfig.seed)
-        return Loaded(model, calibration_batches(chosen_texts, tokenizer), tokenizer)
+        return Loaded(
+            model, calibration_batches(chosen_texts, tokenizer, appended=False), tokenizer
+        )
 
 
 def _random(name: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:

@@ -56,7 +56,7 @@ def command(arguments: Sequence[str]) -> None:
 
     model, tokenizer = load_model(flags.model)
     texts = load_lambada(EMBEDDED, purpose="calibration").documents[:1]
-    (example,) = calibration_batches(texts, tokenizer, max_tokens=64)
+    (example,) = calibration_batches(texts, tokenizer, 64, appended=False)
     planted = plant_outliers(model, example, config)
 
     def write(scratch: Path) -> None:

@@ -77,7 +77,7 @@ def command(arguments: Sequence[str]) -> None:
     assert texts is not None  # noqa: S101
     source = Path(resolve_source(flags.model)[0])
     tokenizer = load_tokenizer(flags.model)
-    batches = calibration_batches(texts.documents, tokenizer, data.calib_max_tokens)
+    batches = calibration_batches(texts.documents, tokenizer, data.calib_max_tokens, appended=False)
     folder = Path(flags.output_dir) / Path(flags.model).resolve().name
     streamed = quantize_folder(
         source,

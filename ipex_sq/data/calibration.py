@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ipex_sq.data.documents import Text
+from ipex_sq.data.special_tokens import added_tokens
 from ipex_sq.errors import DataError
 from ipex_sq.recipe.batching import batch_by_length
 
@@ -37,6 +38,7 @@ def calibration_batches(
     max_tokens: int = 512,
     *,
     inputs: Sequence[str] = ("input_ids", "attention_mask"),
+    appended: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Tokenize texts and batch rows of equal length, so that none is padded.
 
@@ -45,6 +47,8 @@ def calibration_batches(
         tokenizer: Called as in evaluation, with its default special tokens.
         max_tokens: Longer texts are cut to it; special tokens stay.
         inputs: What the model takes of what the tokenizer gives.
+        appended: Keep the special tokens that the tokenizer puts behind a text. Classifiers read
+            them; a language model is scored without them, and a text that is cut ends nowhere.
 
     Returns:
         Batches of `inputs`, each `[batch, tokens]`, at least 2 tokens long.
@@ -54,10 +58,14 @@ def calibration_batches(
     """
     if not documents:
         raise DataError("there are no calibration texts")
+    dropped = 0 if appended else added_tokens(tokenizer, documents[0].text)[1]
     rows = []
     for document in documents:
-        encoded = tokenizer(document.text, truncation=True, max_length=max_tokens)
-        if len(encoded["input_ids"]) < 2:
+        encoded = tokenizer(document.text, truncation=True, max_length=max_tokens + dropped)
+        tokens = len(encoded["input_ids"]) - dropped
+        if tokens < 2:
             raise DataError(f"calibration text {document.text[:30]!r} has fewer than two tokens")
-        rows.append({key: torch.tensor([encoded[key]]) for key in inputs if key in encoded})
+        rows.append(
+            {key: torch.tensor([encoded[key][:tokens]]) for key in inputs if key in encoded}
+        )
     return batch_by_length(rows)

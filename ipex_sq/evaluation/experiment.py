@@ -152,7 +152,7 @@ class Experiment:
 
     def _batches(self, texts: TextSet[Document], tokenizer: Any) -> list[dict[str, Tensor]]:
         most = self._data.calib_max_tokens
-        return calibration_batches(texts.documents, tokenizer, max_tokens=most)
+        return calibration_batches(texts.documents, tokenizer, most, appended=False)
 
 
 def _accuracy(scores: LambadaResult) -> dict[str, Any]:

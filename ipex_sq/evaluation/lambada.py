@@ -1,10 +1,10 @@
 """LAMBADA, as lm-evaluation-harness defines it.
 
 The whole passage is tokenised, with the special tokens that the tokenizer puts in front by
-default, and cut where the tokens of the context end. `last_word_accuracy` asks that every token of
-the last word be the greedy choice given the true text before it; `last_token_accuracy` asks it of
-the last token alone. Logits are computed only at the positions asked for: a hook hands the head
-just those rows.
+default but without those that it appends, and cut where the tokens of the context end.
+`last_word_accuracy` asks that every token of the last word be the greedy choice given the true text
+before it; `last_token_accuracy` asks it of the last token alone. Logits are computed only at the
+positions asked for: a hook hands the head just those rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ipex_sq.config import EvaluationConfig
 from ipex_sq.data.documents import Document
+from ipex_sq.data.special_tokens import added_tokens
 from ipex_sq.distributed import share
 from ipex_sq.errors import DataError, NumericalCheckError
 from ipex_sq.evaluation.pairing import standard_error
@@ -83,17 +84,25 @@ def encode_documents(
 ) -> list[EncodedDocument]:
     """Tokenise passages and mark the tokens of the last word.
 
+    They are those behind the tokens that the passage shares with its context alone. A tokenizer
+    whose pieces cross spaces joins the end of the context to the last word: what it joined is
+    predicted with it, for given as context it would tell a part of the word.
+
     Raises:
-        DataError: No documents, or one longer than the model's positions.
+        DataError: No documents, one whose last word has no tokens of its own, or one longer than
+            the model's positions.
     """
     if not documents:
         raise DataError("there are no documents to evaluate")
+    before, after = added_tokens(tokenizer, documents[0].text)
     encoded = []
     for number, document in enumerate(documents, 1):
-        whole = tokenizer(document.text)["input_ids"]
-        context = tokenizer(document.context)["input_ids"]
-        targets = len(whole) - len(context)
-        if targets < 1 or not context:
+        whole, context = (
+            _ids(tokenizer, text, after) for text in (document.text, document.context)
+        )
+        shared = _shared_tokens(whole, context)
+        targets = len(whole) - shared
+        if targets < 1 or shared <= before:
             raise DataError(f"document {number}: its last word has no tokens of its own")
         if max_positions is not None and len(whole) > max_positions:
             raise DataError(
@@ -102,6 +111,18 @@ def encode_documents(
             )
         encoded.append(EncodedDocument(tuple(whole), targets))
     return encoded
+
+
+def _ids(tokenizer: Any, text: str, appended: int) -> list[int]:
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids[: len(ids) - appended]
+
+
+def _shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    pairs = zip(one, other, strict=False)
+    differing = (index for index, (a, b) in enumerate(pairs) if a != b)
+    return next(differing, min(len(one), len(other)))
 
 
 def evaluate_lambada(

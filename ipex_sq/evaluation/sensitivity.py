@@ -67,7 +67,7 @@ def measure_sensitivity(
     model, tokenizer = load_model(
         model_config.model_name_or_path, trust_remote_code=model_config.trust_remote_code
     )
-    batches = calibration_batches(calibration.documents, tokenizer, max_tokens=most_tokens)
+    batches = calibration_batches(calibration.documents, tokenizer, most_tokens, appended=False)
     wanted = rounding(quant, ReferenceBackend())
     stats = calibrate(model, batches, samples=wanted.needs_samples, hessians=wanted.needs_hessians)
     decided, _ = apply_smoothing(model, plan(model, stats, quant), stats.example)

@@ -1,6 +1,8 @@
+import copy
 import re
 
 import pytest
+from tokenizers import processors
 
 from ipex_sq.data.calibration import calibration_batches, choose_texts
 from ipex_sq.data.documents import Document, check_disjoint, read_jsonl, split_last_word
@@ -103,6 +105,22 @@ def test_batches_hold_rows_of_one_length_and_lose_no_token(tokenizer):
     rows = sum(batch["input_ids"].shape[0] for batch in batches)
     assert rows == 40
     assert max(batch["input_ids"].shape[1] for batch in batches) <= 64
+
+
+@pytest.mark.parametrize("most", [4, 64])
+def test_appended_special_tokens_are_dropped_where_asked_also_of_cut_texts(tokenizer, most):
+    documents = [Document("the cat sat on the", " mat"), Document("the cat", " left")]
+    closing = copy.deepcopy(tokenizer)
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A <pad>", special_tokens=[("<pad>", tokenizer.pad_token_id)]
+    )
+    plain = calibration_batches(documents, tokenizer, most - 1)
+    kept = calibration_batches(documents, closing, most)
+    dropped = calibration_batches(documents, closing, most, appended=False)
+    for wanted, batch in zip(plain, dropped, strict=True):
+        assert batch["input_ids"][:, 1:].tolist() == wanted["input_ids"].tolist()
+        assert batch["attention_mask"].all()
+    assert all(batch["input_ids"][0, -1] == tokenizer.pad_token_id for batch in kept)
 
 
 def test_the_choice_depends_on_the_seed_alone():

@@ -2,8 +2,11 @@ import math
 import random
 
 import pytest
+import tokenizers
 import torch
 from conftest import TEXTS
+from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from ipex_sq.config import EvaluationConfig
 from ipex_sq.data.documents import Document, split_last_word
@@ -93,6 +96,115 @@ def test_too_long_a_document_is_refused_before_the_work(tokenizer):
     long = Document(" ".join(["cat"] * 40), " mat")
     with pytest.raises(DataError, match="41 tokens, the model has 32"):
         encode_documents([long], tokenizer, 32)
+
+
+SPECIAL = {"none": None, "bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s> </s>"}
+
+
+def _trained(kind):
+    """A tokenizer over TEXTS, of a kind that real ones are of."""
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "wordpiece":
+        built = Tokenizer(tokenizers.models.WordPiece(unk_token="<unk>"))
+        built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        built.decoder = tokenizers.decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special)
+    elif kind.startswith("bytes"):
+        built = Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+        prefix = kind == "bytes, space in front"
+        built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        built.decoder = tokenizers.decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special)
+    else:
+        built = Tokenizer(tokenizers.models.Unigram())
+        scheme = "never" if kind == "unigram, no space in front" else "always"
+        built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        built.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+        trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
+    built.train_from_iterator(TEXTS, trainer)
+    return built
+
+
+def _with_special(built, single):
+    """As transformers loads it."""
+    if single is not None:
+        ids = [(token, built.token_to_id(token)) for token in ("<s>", "</s>")]
+        built.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "bytes",
+        "bytes, space in front",
+        "unigram",
+        "unigram, no space in front",
+        "wordpiece",
+    ],
+)
+def test_the_targets_are_the_last_word_whatever_the_tokenizer_adds(kind, special):
+    tokenizer = _with_special(_trained(kind), SPECIAL[special])
+    started = special in ("bos", "both")
+    for document, encoded in zip(DOCUMENTS, encode_documents(DOCUMENTS, tokenizer), strict=True):
+        word = tokenizer.decode(encoded.ids[-encoded.target_tokens :])
+        context = tokenizer.decode(encoded.ids[started : -encoded.target_tokens])
+        # A continuation may have several words: Document("the cat sat on", " the old mat").
+        assert word.split() == document.continuation.split()
+        assert context.split() == document.context.split()
+        assert (encoded.ids[0] == tokenizer.bos_token_id) == started
+        assert tokenizer.eos_token_id not in encoded.ids
+
+
+def test_an_unknown_word_is_no_special_token(tokenizer):
+    (encoded,) = encode_documents([Document("the cat saw zyx", " xyz")], tokenizer)
+    assert encoded.ids[-2:] == (tokenizer.unk_token_id,) * 2
+    assert encoded.target_tokens == 1
+
+
+def _crossing(pieces):
+    """A tokenizer whose pieces, best first, may hold spaces."""
+    scores = [("<unk>", -20.0), *((piece, -1.0 - rank) for rank, piece in enumerate(pieces))]
+    built = Tokenizer(tokenizers.models.Unigram(scores, unk_id=0))
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>")
+
+
+def test_what_a_tokenizer_joins_to_the_last_word_is_predicted_with_it():
+    """Else a part of the word stands in the context, or it has no token at all."""
+    tokenizer = _crossing(["▁of▁course", "▁he", "▁said", "▁of", "▁no"])
+    joined, plain = encode_documents(
+        [Document("he said of", " course"), Document("he said of", " no")], tokenizer
+    )
+    assert tokenizer.convert_ids_to_tokens(joined.ids[-joined.target_tokens :]) == ["▁of▁course"]
+    assert len(joined.ids) == 3
+    assert tokenizer.convert_ids_to_tokens(plain.ids[-plain.target_tokens :]) == ["▁no"]
+    # As many tokens more as the word has would begin in the middle of "▁aof▁co".
+    tokenizer = _crossing(["▁he", "▁aof▁co", "u", "rse", "▁ao", "f"])
+    (split,) = encode_documents([Document("he aof", " course")], tokenizer)
+    wanted = ["▁aof▁co", "u", "rse"]
+    assert tokenizer.convert_ids_to_tokens(split.ids[-split.target_tokens :]) == wanted
+
+
+@pytest.mark.parametrize("special", [None, "<s> $A"])
+def test_a_word_that_cannot_be_told_from_its_context_is_refused(special):
+    tokenizer = _crossing(["▁of▁course", "▁of", "<s>"])
+    if special is not None:
+        processor = processors.TemplateProcessing(single=special, special_tokens=[("<s>", 3)])
+        tokenizer.backend_tokenizer.post_processor = processor
+    with pytest.raises(DataError, match="document 1: its last word has no tokens of its own"):
+        encode_documents([Document("of", " course")], tokenizer)
+
+
+def test_a_tokenizer_that_changes_the_text_with_its_special_tokens_is_refused(tokenizer):
+    def odd(text, add_special_tokens=True):
+        return tokenizer(text if add_special_tokens else text[::-1])
+
+    with pytest.raises(DataError, match="cannot be told"):
+        encode_documents(DOCUMENTS, odd)
 
 
 def test_nothing_to_evaluate_is_refused(tokenizer):
