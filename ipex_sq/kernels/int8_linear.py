@@ -173,8 +173,10 @@ class Int8Linear(nn.Module):
 
     def _pack_rows(self, weight: Tensor, memory: WeightMemory | None = None) -> None:
         if self.in_features % GROUP == 0 and brgemm_built():
-            self.row_weight = pack_rows(weight, memory)
-            self.row_sums = sum_rows(self.row_weight, self.out_features)
+            packed = pack_rows(weight, memory)
+            self.row_sums = sum_rows(packed, self.out_features)
+            # Last: other threads may be in `multiply`, which takes it as the sign for both.
+            self.row_weight = packed
 
     def only_rows(self) -> bool:
         """Use brgemm for any number of rows, which scales each row as it is written.

@@ -120,6 +120,18 @@ def test_rows_of_a_step_are_those_of_many(shape, biased, dtype):
     assert linear.row_weight is not None
 
 
+def test_another_thread_never_sees_rows_without_their_sums():
+    class Watched(Int8Linear):
+        def __setattr__(self, name, value):
+            if name == "row_weight":
+                assert self.row_sums is not None
+            super().__setattr__(name, value)
+
+    linear = Watched(torch.ones(8, 16, dtype=torch.int8), torch.ones(8), None)
+    linear.keep_rows()
+    assert linear.row_weight is not None
+
+
 def test_the_largest_sums_are_exact():
     weight = torch.full((2, 4096), 127, dtype=torch.int8)
     linear = Int8Linear(weight, torch.ones(2), None)
