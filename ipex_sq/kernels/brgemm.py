@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _SOURCES = ("brgemm.cpp", "levels.cpp", "attention.cpp")
 _HEADERS = (
     *("vectors.h", "tile.h", "few_rows.h", "tile_output.h", "int8_product.h", "activation.h"),
-    *("softmax.h", "step_attention.h"),
+    *("softmax.h", "prompt_attention.h", "step_attention.h"),
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in _SOURCES)
 HEADERS = tuple(Path(__file__).with_name(name) for name in _HEADERS)

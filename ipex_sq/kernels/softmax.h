@@ -21,6 +21,7 @@ namespace ipex_sq {
 using at::BFloat16;
 
 constexpr int64_t kKeys = 2 * kVector; // keys come in multiples of this: one register of bf16
+constexpr int64_t kBlock = 64; // keys of one product
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLeast = std::numeric_limits<float>::lowest() / 2;
 
@@ -47,29 +48,44 @@ inline void store(BFloat16* to, __m512 low, __m512 high, __mmask32 mask) {
 
 // One row of scores to weights that are not divided by their sum yet. Of `width` scores `valid`
 // count; `bias`, in units of log 2, is added to those. `scale` takes scores to these units and is
-// positive. Returns the largest in these units and the sum of the weights.
-inline std::tuple<float, float> softmax_row(float* scores, const float* bias, float scale, int64_t valid, int64_t width, BFloat16* weights) {
+// positive. Scores and weights lie in blocks of 64, each `jump` after the one before. Returns the
+// largest in these units and the sum of the weights.
+inline std::tuple<float, float> softmax_row(
+    float* scores, const float* bias, float scale, int64_t valid, int64_t width, int64_t jump, BFloat16* weights) {
   const float none = -std::numeric_limits<float>::infinity();
-  std::fill(scores + valid, scores + width, none);
+  const int64_t end = width / kBlock * jump + width % kBlock;
+  for (int64_t k = valid; k < width;) {
+    const int64_t stop = std::min((k / kBlock + 1) * kBlock, width);
+    float* block = scores + k / kBlock * (jump - kBlock);
+    std::fill(block + k, block + stop, none);
+    k = stop;
+  }
   __m512 factor = _mm512_set1_ps(scale);
   __m512 largest = _mm512_set1_ps(none);
-  for (int64_t k = 0; k < width; k += kVector) {
-    __m512 score = _mm512_loadu_ps(scores + k);
-    if (bias) {
-      score = _mm512_fmadd_ps(score, factor, _mm512_loadu_ps(bias + k));
-      _mm512_storeu_ps(scores + k, score);
+  for (int64_t block = 0; block < end; block += jump) {
+    const int64_t stop = std::min(block + kBlock, end);
+    for (int64_t k = block; k < stop; k += kVector) {
+      __m512 score = _mm512_loadu_ps(scores + k);
+      if (bias) {
+        score = _mm512_fmadd_ps(score, factor, _mm512_loadu_ps(bias));
+        bias += kVector;
+        _mm512_storeu_ps(scores + k, score);
+      }
+      largest = _mm512_max_ps(largest, score);
     }
-    largest = _mm512_max_ps(largest, score);
   }
   if (bias) factor = _mm512_set1_ps(1.0f);
   const float top = _mm512_reduce_max_ps(largest) * (bias ? 1.0f : scale);
   const __m512 most = _mm512_set1_ps(top);
   __m512 sum = _mm512_setzero_ps();
-  for (int64_t k = 0; k < width; k += kKeys) {
-    const __m512 low = below(scores + k, factor, most);
-    const __m512 high = below(scores + k + kVector, factor, most);
-    sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-    store(weights + k, low, high, ~__mmask32(0));
+  for (int64_t block = 0; block < end; block += jump) {
+    const int64_t stop = std::min(block + kBlock, end);
+    for (int64_t k = block; k < stop; k += kKeys) {
+      const __m512 low = below(scores + k, factor, most);
+      const __m512 high = below(scores + k + kVector, factor, most);
+      sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+      store(weights + k, low, high, ~__mmask32(0));
+    }
   }
   return {top, _mm512_reduce_add_ps(sum)};
 }

@@ -143,7 +143,7 @@ struct StepAttention {
       }
       if (bias) bias.row(text, first % heads + n, 0, keys, with.bias.data());
       const auto [top, sum] = softmax_row(scores, bias ? with.bias.data() : nullptr, scale * kLog2E, keys,
-                                          with.width, with.weights.data() + n * with.width);
+                                          with.width, kBlock, with.weights.data() + n * with.width);
       largest[first + n] = top / kLog2E;
       sums[first + n] = sum;
     }

@@ -1,6 +1,7 @@
 """Attention of short sequences, in one kernel and as batched matmuls, is PyTorch's attention."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -198,6 +199,40 @@ def test_masked_keys_have_no_influence_on_a_step():
     found = short_attention(query, key, value, attn_mask=mask)[0]
     key[1, :, :25], value[1, :, :25] = 100.0, -100.0
     assert torch.equal(short_attention(query, key, value, attn_mask=mask)[0], found)
+
+
+@pytest.fixture
+def one_thread():
+    """Each has kernels of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _bytes_of_generated_code():
+    mappings = (line.split() for line in Path("/proc/self/maps").read_text().splitlines())
+    ranges = [
+        place.split("-") for place, rights, *rest in mappings if "x" in rights and len(rest) < 4
+    ]
+    return sum(int(end, 16) - int(start, 16) for start, end in ranges)
+
+
+@with_kernel
+@pytest.mark.usefixtures("one_thread")
+def test_prompts_of_further_lengths_need_no_further_kernels():
+    """PyTorch keeps each for good: memory would grow with every new length."""
+
+    def attend(lengths):
+        for tokens in lengths:
+            query = torch.zeros(1, 1, tokens, 10, dtype=torch.bfloat16)
+            for keys in (query, query[:, :, :1].expand(1, 1, tokens + 40, 10)):
+                short_attention(query, keys, keys, is_causal=keys is query)
+
+    attend(range(8, 260, 8))
+    before = _bytes_of_generated_code()
+    attend(range(11, 400, 13))
+    assert _bytes_of_generated_code() == before
 
 
 @with_kernel
