@@ -11,7 +11,8 @@
 namespace ipex_sq {
 
 struct Relu {
-  __m512 operator()(__m512 x) const { return _mm512_max_ps(x, _mm512_setzero_ps()); }
+  // In this order NaN stays.
+  __m512 operator()(__m512 x) const { return _mm512_max_ps(_mm512_setzero_ps(), x); }
 };
 
 // x * sigmoid(x * R(x^2)). `terms` are those of -log2(e) * R, the highest power first; from `most` on

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -109,16 +110,26 @@ at::Tensor int8_rows(
 }
 
 // One row of x times the multiplier, rounded around 128 by its absmax / 127; returns that scale. The
-// same divisions as quantize_tokens has. A function of its own: see `dot`.
+// same divisions as quantize_tokens has. A row with NaN has NaN for its scale, so that its outputs are
+// NaN too: as integers, absolute values have the same order, and NaN is the largest. A function of its
+// own: see `dot`.
 template <typename T>
 float round_row(const T* x, const float* multiplier, float least, float* wide, uint8_t* to, int64_t size) {
-  float absmax = 0;
-#pragma omp simd reduction(max : absmax)
+  int32_t most = 0;
+#pragma omp simd reduction(max : most)
   for (int64_t k = 0; k < size; ++k) {
     wide[k] = static_cast<float>(x[k]) * multiplier[k];
-    absmax = std::max(absmax, std::abs(wide[k]));
+    int32_t bits;
+    std::memcpy(&bits, wide + k, sizeof(bits));
+    most = std::max(most, bits & std::numeric_limits<int32_t>::max());
   }
+  float absmax;
+  std::memcpy(&absmax, &most, sizeof(absmax));
   const float scale = std::max(absmax / kTokenMaximum, least);
+  if (!std::isfinite(scale)) {
+    std::memset(to, kTokenZero, size);
+    return scale;
+  }
   for (int64_t k = 0; k < size; ++k) {
     to[k] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(wide[k] / scale)) + kTokenZero);
   }
@@ -154,12 +165,12 @@ std::tuple<at::Tensor, at::Tensor> round_tokens(const at::Tensor& x, const at::T
   return {levels, scales};
 }
 
-// Levels around a zero point. A function of its own: see `dot`.
+// Levels around a zero point; of NaN the level is 0. A function of its own: see `dot`.
 template <typename T>
 void static_row(const T* x, const float* multiplier, float zero_point, uint8_t* to, int64_t size) {
   for (int64_t k = 0; k < size; ++k) {
     const float level = std::nearbyint(static_cast<float>(x[k]) * multiplier[k]) + zero_point;
-    to[k] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(level, 0.0f), kMaximum)));
+    to[k] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(0.0f, level), kMaximum)));
   }
 }
 
@@ -176,7 +187,7 @@ struct Copies {
       const int64_t channel = channels[n];
       const float all = std::nearbyint(static_cast<float>(x[channel]) * multiplier[channel]);
       const float rest = all - std::min(std::max(all, held_low[n]), held_high[n]);
-      to[n] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(rest + zero_point, 0.0f), kMaximum)));
+      to[n] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(0.0f, rest + zero_point), kMaximum)));
     }
   }
 };

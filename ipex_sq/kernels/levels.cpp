@@ -43,6 +43,7 @@ struct Rounding {
       const __m512 level = _mm512_add_ps(
           _mm512_roundscale_ps(scaled(values[v], first + v * kVector, valid), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
           _mm512_set1_ps(zero_point));
+      // NaN is 0, as the second operand is returned then.
       const __m512 held = _mm512_min_ps(_mm512_max_ps(level, _mm512_setzero_ps()), _mm512_set1_ps(kMaximum));
       _mm512_mask_cvtepi32_storeu_epi8(place + v * kVector, valid, _mm512_cvtps_epi32(held));
     }
@@ -58,7 +59,7 @@ struct Rounding {
     for (int64_t n = begin; n < end; ++n) {
       const float all = std::nearbyint(products[channels[n] - first]);
       const float rest = all - std::min(std::max(all, held_low[n]), held_high[n]);
-      const float held = std::min(std::max(rest + zero_point, 0.0f), kMaximum);
+      const float held = std::min(std::max(0.0f, rest + zero_point), kMaximum); // NaN is 0
       to[row * width + (width - copies) + n] = static_cast<uint8_t>(static_cast<int32_t>(held));
     }
   }

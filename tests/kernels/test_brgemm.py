@@ -242,3 +242,48 @@ def test_tokens_are_rounded_as_the_recipe_says(dtype):
     smoothed = x.float() * multiplier
     assert torch.equal(scale, token_scale(smoothed))
     assert torch.equal(levels, quantize_tokens(smoothed, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_outputs_of_a_token_with_nan_are_nan(dtype):
+    linear, _ = _linear((65, 100), biased=True, dtype=dtype)
+    linear.set_input(None, None)
+    x = torch.randn(3, 1, 100).to(dtype)
+    finite = linear(x)
+    x[1, 0, 37] = torch.nan
+    for _ in range(2):
+        found = linear(x)
+        assert bool(found[1].isnan().all())
+        assert torch.equal(found[[0, 2]], finite[[0, 2]])
+        assert linear.only_rows()
+        finite = linear(x.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_static_levels_of_nan_are_zero_in_every_form(dtype):
+    assert brgemm_built()
+    x = torch.randn(2, 40).to(dtype)
+    x[:, [3, 20, 37]] = torch.nan
+    copies = torch.tensor([3, 5]), torch.full((2,), -100.0), torch.full((2,), 155.0)
+    for own in ((None, None, None), copies):
+        rest = torch.ones(40), torch.tensor(100, dtype=torch.int32)
+        found = torch.ops.ipex_sq.round_static(x, *rest, *own)
+        assert torch.equal(found, int8_linear.static_levels(x, *rest, own))
+        assert bool((found[:, [3, 20, 37]] == 0).all())
+    weight = torch.ones(40, 8, dtype=torch.int8)
+    packed = pack_rows(weight)
+    levels = torch.ones(2, 8, dtype=torch.uint8)
+    for activation in ("relu", "silu", "gelu", "gelu_tanh"):
+        of_nan = torch.ops.ipex_sq.int8_levels(
+            levels,
+            torch.tensor(torch.nan),
+            torch.tensor(0, dtype=torch.int32),
+            [packed],
+            [sum_rows(packed, 40)],
+            [torch.ones(40)],
+            [None],
+            activation,
+            *rest,
+            *copies,
+        )
+        assert bool((of_nan == 0).all())
