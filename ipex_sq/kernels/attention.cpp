@@ -1,6 +1,8 @@
 // Attention in bf16, of many tokens or of one, and what puts it in the place of PyTorch's.
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -65,6 +67,17 @@ constexpr auto kMode = c10::DispatchKey::DeferredInit;
 
 thread_local int64_t most_tokens = 0;
 
+// Whether it is a tensor of the CPU and nothing else: neither without data, nor a wrapper or a subclass.
+bool is_plain(const at::Tensor& x) {
+  constexpr c10::DispatchKeySet kPlain(
+      {c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+  return x.is_cpu() && (x.key_set() - kPlain).highestFunctionalityKey() == c10::DispatchKey::Undefined;
+}
+
+bool needs_gradients(const at::Tensor& x) {
+  return c10::GradMode::is_enabled() && x.requires_grad();
+}
+
 // From now on this thread's attention of up to `most` tokens is `short_attention`, without its models'
 // code being changed; 0 ends it. It has no gradients.
 void replace_attention(int64_t most) {
@@ -86,7 +99,10 @@ std::tuple<at::Tensor, at::Tensor> attention_in_mode(
   const double factor = scale.value_or(1 / std::sqrt(static_cast<double>(size)));
   const bool few = query.size(2) == 1 || std::max(query.size(2), key.size(2)) <= most_tokens;
   const bool suits = query.scalar_type() == at::kBFloat16 && dropout_p == 0 && size % 2 == 0 && factor > 0;
-  if (!few || !suits) {
+  // A mode in Python, as that of fake tensors, is to see PyTorch's operator.
+  bool plain = !c10::impl::dispatch_mode_enabled() && (!mask || is_plain(*mask));
+  for (const auto* x : {&query, &key, &value}) plain = plain && is_plain(*x) && !needs_gradients(*x);
+  if (!few || !suits || !plain) {
     return at::_scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, causal, mask, scale);
   }
   std::optional<at::Tensor> added = mask;

@@ -1,12 +1,15 @@
 """Attention of short sequences, in one kernel and as batched matmuls, is PyTorch's attention."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from ipex_sq.compiling import inductor as layers
 from ipex_sq.compiling.inductor import inductor
@@ -315,6 +318,46 @@ def test_as_written_gradients_are_pytorchs():
     query, key, value = _inputs(40, torch.bfloat16)
     query.requires_grad_()
     with kernel_for_attention():
+        functional.scaled_dot_product_attention(query, key, value).sum().backward()
+    assert float(query.grad.abs().max()) > 0
+
+
+@with_kernel
+def test_as_written_tensors_without_data_are_pytorchs():
+    inputs = _inputs(40, torch.bfloat16)
+    with torch.no_grad(), kernel_for_attention(), FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in inputs]
+        found = functional.scaled_dot_product_attention(*fake)
+    assert found.shape == inputs[0].shape
+
+
+@with_kernel
+def test_as_written_a_mode_in_python_sees_pytorchs_operator():
+    inputs = _inputs(40, torch.bfloat16)
+    counts = []
+    for place in (nullcontext, kernel_for_attention):
+        with torch.no_grad(), place(), FlopCounterMode(display=False) as counter:
+            functional.scaled_dot_product_attention(*inputs)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@with_kernel
+def test_as_written_batches_of_functorch_are_pytorchs():
+    inputs = [x.unsqueeze(1) for x in _inputs(40, torch.bfloat16)]
+    attend = torch.vmap(functional.scaled_dot_product_attention)
+    with torch.no_grad():
+        wanted = attend(*inputs)
+        with kernel_for_attention():
+            found = attend(*inputs)
+    assert _difference(found, wanted) < 0.01
+
+
+@with_kernel
+def test_as_written_gradients_that_are_asked_for_later_are_pytorchs():
+    query, key, value = _inputs(40, torch.bfloat16)
+    query.requires_grad_()
+    with torch.no_grad(), kernel_for_attention(), torch.enable_grad():
         functional.scaled_dot_product_attention(query, key, value).sum().backward()
     assert float(query.grad.abs().max()) > 0
 
