@@ -22,7 +22,7 @@ from ipex_sq.recipe.qparams import (
     quantize_tokens,
     token_scale,
 )
-from ipex_sq.recipe.splitting import append_copies, before_parts, number_of_parts
+from ipex_sq.recipe.splitting import append_copies, before_parts, checked_channels, number_of_parts
 
 STORED_INPUT = ("multiplier", "channels", "input_scale", "input_zero_point")
 INPUT_BUFFERS = (*STORED_INPUT, "held_low", "held_high")
@@ -119,7 +119,7 @@ class Int8Linear(nn.Module):
 
         Raises:
             KeyError: One is missing.
-            RuntimeError: One has another type or shape.
+            RuntimeError: One has another type or shape, or channels that are not there.
         """
         scale = tensors["weight_scale"].clone()
         weight, bias = tensors["weight"], tensors.get("bias")
@@ -127,7 +127,8 @@ class Int8Linear(nn.Module):
         linear.per_token = per_token
         for name in ("multiplier", "input_scale", "input_zero_point"):
             linear.register_buffer(name, tensors[name].clone())
-        linear._set_channels(tensors["channels"].clone() if "channels" in tensors else None)
+        channels = checked_channels(tensors.get("channels"), linear.multiplier.numel())
+        linear._set_channels(channels)
         return linear
 
     def stored(self) -> dict[str, Tensor]:

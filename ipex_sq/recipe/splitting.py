@@ -56,6 +56,25 @@ def number_of_parts(channels: Tensor | None, in_features: int) -> Tensor:
     return torch.bincount(channels, minlength=in_features).float() + 1
 
 
+def checked_channels(channels: Tensor | None, in_features: int) -> Tensor | None:
+    """A copy of `channels`, which kernels may read by.
+
+    Raises:
+        RuntimeError: They are not int64 `[copies]`, sorted, from 0 to `in_features - 1`.
+    """
+    if channels is None:
+        return None
+    fit = channels.dtype == torch.int64 and channels.ndim == 1 and channels.numel() > 0
+    if (
+        not fit
+        or channels[0] < 0
+        or channels[-1] >= in_features
+        or bool((channels.diff() < 0).any())
+    ):
+        raise RuntimeError(f"channels must be int64, sorted, from 0 to {in_features - 1}")
+    return channels.clone()
+
+
 def append_copies(x: Tensor, channels: Tensor | None) -> Tensor:
     """`[..., in_features]` and its copies behind it, `[..., in_features + copies]`."""
     return x if channels is None else torch.cat((x, x[..., channels]), dim=-1)

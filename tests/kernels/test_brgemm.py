@@ -230,6 +230,26 @@ def test_a_weight_that_is_not_int8_is_refused():
         Int8Linear.restored(tensors, per_token=True, only_rows=True)
 
 
+@pytest.mark.parametrize(
+    "channels",
+    [
+        [1, 2, 3, 60],
+        [-1, 2, 3, 4],
+        [3, 2, 3, 4],
+        [0, 99, 1, 2],
+        [[1, 2, 3, 4]],
+        [0.0, 1.0, 2.0, 3.0],
+    ],
+)
+def test_channels_that_are_not_there_are_refused(channels):
+    linear, _ = _linear((8, 64), biased=False, dtype=torch.float32)
+    linear.set_input(ActivationQParams(0.1, 3), PreScale(None, torch.tensor([1, 1, 2, 59])))
+    tensors = linear.stored()
+    assert torch.equal(Int8Linear.restored(tensors, per_token=False).weight, linear.weight)
+    with pytest.raises(RuntimeError, match="channels must be int64, sorted, from 0 to 59"):
+        Int8Linear.restored({**tensors, "channels": torch.tensor(channels)}, per_token=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tokens_are_rounded_as_the_recipe_says(dtype):
     assert brgemm_built()
