@@ -111,8 +111,12 @@ def kernel_for_attention() -> Iterator[None]:
 
 
 def has_kernel() -> bool:
-    """Whether `torch.ops.ipex_sq.short_attention` is there and has instructions for bf16."""
-    return has_bf16_instructions() and brgemm_built()
+    """Whether `torch.ops.ipex_sq.short_attention` runs here: CPU and compiler know bf16."""
+    return (
+        has_bf16_instructions()
+        and brgemm_built()
+        and hasattr(torch.ops.ipex_sq, "replace_attention")  # not where an old compiler built them
+    )
 
 
 def _matmuls(

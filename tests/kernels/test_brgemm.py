@@ -152,6 +152,9 @@ OLDER_CPU = """
 from ipex_sq.kernels import brgemm
 brgemm.FLAGS = [flag.replace("march=native", "march=cascadelake") for flag in brgemm.FLAGS]
 assert brgemm.brgemm_built()
+from ipex_sq.kernels import attention
+attention.has_bf16_instructions = lambda: True  # a new CPU whose compiler does not know them
+assert not attention.has_kernel()
 """
 
 
