@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <tuple>
 
 #ifdef __AVX512BF16__ // without, brgemm does not multiply bf16 either
@@ -38,16 +39,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> short_attention(
     const std::optional<at::Tensor>& mask,
     bool causal,
     double scale) {
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "queries, keys and values have four dimensions");
   const int64_t batch = query.size(0), heads = query.size(1), tokens = query.size(2), size = query.size(3);
   TORCH_CHECK(size % 2 == 0 && scale > 0, "an even size and a positive scale are needed");
-  TORCH_CHECK(key.sizes() == value.sizes() && key.size(3) == size && heads % key.size(1) == 0,
+  TORCH_CHECK(key.sizes() == value.sizes() && key.size(3) == size && key.size(0) == batch && key.size(1) > 0 &&
+                  heads % key.size(1) == 0,
               "keys, values and queries do not fit together");
+  for (const auto* x : {&query, &key, &value}) TORCH_CHECK(x->scalar_type() == at::kBFloat16, "bf16 is needed");
   const at::Tensor q = readable(query), k = readable(key), v = readable(value);
   auto output = at::empty({batch, tokens, heads, size}, query.options());
   auto largest = at::empty({batch, heads, tokens}, query.options().dtype(at::kFloat));
   auto sums = at::empty_like(largest);
-  if (query.numel() == 0) return {output.transpose(1, 2), largest, sums};
-  const Bias bias(mask);
+  const Bias bias(mask, {batch, heads, tokens, key.size(2)});
+  if (query.numel() == 0 || key.numel() == 0) { // as PyTorch has it
+    return {output.zero_().transpose(1, 2), largest.fill_(-std::numeric_limits<float>::infinity()), sums.zero_()};
+  }
   const float factor = static_cast<float>(scale);
   BFloat16* to = output.mutable_data_ptr<BFloat16>();
   float* tops = largest.mutable_data_ptr<float>();

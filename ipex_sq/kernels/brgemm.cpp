@@ -78,6 +78,7 @@ std::vector<at::Tensor> int8_rows_together(
     at::TensorList weight_scales,
     const c10::List<std::optional<at::Tensor>>& biases,
     at::ScalarType dtype) {
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "outputs are fp32 or bf16, not ", dtype);
   std::vector<at::Tensor> outputs;
   std::vector<Product> products;
   for (const auto& weight : int8_weights(levels, input_scale, input_zero_point, packed, weight_sums, weight_scales, biases)) {
@@ -155,6 +156,7 @@ void round_rows(const at::Tensor& x, const at::Tensor& multiplier, float least, 
 // [..., in] uint8 around 128 and their scales [..., 1] fp32.
 std::tuple<at::Tensor, at::Tensor> round_tokens(const at::Tensor& x, const at::Tensor& multiplier, double least) {
   check(x, multiplier.numel());
+  TORCH_CHECK(multiplier.is_contiguous(), "multipliers must be contiguous");
   auto levels = empty_output(x, x.size(-1), at::kByte);
   auto scales = empty_output(x, 1, at::kFloat);
   if (x.scalar_type() == at::kBFloat16) {
@@ -216,8 +218,7 @@ at::Tensor round_static(
     const std::optional<at::Tensor>& held_low,
     const std::optional<at::Tensor>& held_high) {
   check(x, multiplier.numel());
-  TORCH_CHECK(channels.has_value() == held_low.has_value() && channels.has_value() == held_high.has_value(),
-              "channels come with what their parts hold");
+  check_rounding(multiplier, zero_point, channels, held_low, held_high);
   Copies copies{};
   if (channels) {
     copies = {channels->const_data_ptr<int64_t>(), held_low->const_data_ptr<float>(),
@@ -344,8 +345,8 @@ struct Logits {
 
 // x [..., in] bf16, in even but for one row; weight [out, in] bf16; returns [..., out] fp32.
 at::Tensor bf16_logits(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "the weight must be a contiguous matrix");
   check(x, weight.size(1));
-  TORCH_CHECK(weight.is_contiguous(), "the weight must be contiguous");
   auto output = empty_output(x, weight.size(0), at::kFloat);
   const Logits logits{
       x.const_data_ptr<BFloat16>(),
@@ -355,6 +356,7 @@ at::Tensor bf16_logits(const at::Tensor& x, const at::Tensor& weight) {
       weight.size(1),
       weight.size(0)};
   TORCH_CHECK(logits.rows == 1 || weight.size(1) % 2 == 0, "an even width is needed");
+  if (output.numel() == 0) return output;
   if (logits.rows == 1) {
     logits.of_one_row();
   } else if (logits.rows <= kFewRows) {

@@ -20,8 +20,30 @@ constexpr int64_t kTilesPerGroup = 4; // their weights stay in a core's cache, a
 constexpr int64_t kRowsPerCall = 64;
 
 inline void check(const at::Tensor& x, int64_t in_features) {
-  TORCH_CHECK(x.size(-1) == in_features, "input and weight differ in width");
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) == in_features, "input and weight differ in width");
+  TORCH_CHECK(in_features > 0, "the input has no width");
   TORCH_CHECK(x.is_contiguous(), "the input must be contiguous");
+}
+
+// What static rounding of [..., in_features] goes by. Kernels read inputs by the channels.
+inline void check_rounding(
+    const at::Tensor& multiplier,
+    const at::Tensor& zero_point,
+    const std::optional<at::Tensor>& channels,
+    const std::optional<at::Tensor>& held_low,
+    const std::optional<at::Tensor>& held_high) {
+  TORCH_CHECK(multiplier.dim() == 1 && multiplier.is_contiguous(), "multipliers must be one contiguous row");
+  TORCH_CHECK(zero_point.numel() == 1, "one zero point is needed");
+  TORCH_CHECK(channels.has_value() == held_low.has_value() && channels.has_value() == held_high.has_value(),
+              "channels come with what their parts hold");
+  if (!channels) return;
+  const int64_t copies = channels->numel();
+  TORCH_CHECK(held_low->numel() == copies && held_high->numel() == copies, "two levels for each copy of a channel");
+  TORCH_CHECK(channels->is_contiguous() && held_low->is_contiguous() && held_high->is_contiguous(),
+              "channels and what they hold must be contiguous");
+  const int64_t* of = channels->const_data_ptr<int64_t>();
+  TORCH_CHECK(std::is_sorted(of, of + copies), "channels must be sorted");
+  TORCH_CHECK(copies == 0 || (of[0] >= 0 && of[copies - 1] < multiplier.numel()), "channels beyond the input");
 }
 
 inline at::Tensor empty_output(const at::Tensor& x, int64_t out_features, at::ScalarType dtype) {
@@ -51,8 +73,11 @@ struct Int8Weight {
       const std::optional<at::Tensor>& bias)
       : packed(weight.const_data_ptr<int8_t>()),
         scaling(levels, input_scale, input_zero_point, weight_sums, weight_scale, bias),
-        out_features(weight_scale.size(0)) {
-    check(levels, weight.size(1) * weight.size(3));
+        out_features(weight_scale.numel()) {
+    TORCH_CHECK(weight.dim() == 4 && weight.size(2) == kTile && weight.size(3) == kFour && weight.is_contiguous(),
+                "a packed weight is contiguous [out / 64, in / 4, 64, 4]");
+    TORCH_CHECK(weight.size(0) == tiles(), "the weight and its scale differ in length");
+    check(levels, weight.size(1) * kFour);
   }
 
   int64_t tiles() const { return (out_features + kTile - 1) / kTile; }

@@ -124,8 +124,7 @@ at::Tensor int8_levels(
     const std::optional<at::Tensor>& held_low,
     const std::optional<at::Tensor>& held_high) {
   TORCH_CHECK(packed.size() == 1 || packed.size() == 2, "one weight, or two");
-  TORCH_CHECK(channels.has_value() == held_low.has_value() && channels.has_value() == held_high.has_value(),
-              "channels come with what their parts hold");
+  check_rounding(multiplier, zero_point, channels, held_low, held_high);
   const auto weights = int8_weights(levels, input_scale, input_zero_point, packed, weight_sums, weight_scales, biases);
   for (const auto& weight : weights) {
     TORCH_CHECK(multiplier.numel() == weight.out_features, "a factor for each column");

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -114,9 +115,14 @@ void read_bias(const T* from, int64_t stride, int64_t keys, float* to) {
 // What is added to the scores: [batch, heads, tokens, keys], where 1 stands for all.
 class Bias {
  public:
-  explicit Bias(const std::optional<at::Tensor>& mask) {
+  // `sizes` are [batch, heads, tokens, keys].
+  Bias(const std::optional<at::Tensor>& mask, const std::array<int64_t, 4>& sizes) {
     if (!mask) return;
     TORCH_CHECK(mask->dim() == 4, "the mask must have four dimensions");
+    TORCH_CHECK(mask->scalar_type() != at::kBool, "the mask is added: it cannot be of truth values");
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      TORCH_CHECK(mask->size(d) == sizes[d] || mask->size(d) == 1, "the mask and the scores differ in size");
+    }
     const bool known = mask->scalar_type() == at::kBFloat16 || mask->scalar_type() == at::kFloat;
     mask_ = known ? *mask : mask->to(at::kFloat);
     for (int64_t d = 0; d < 4; ++d) strides_[d] = mask_.size(d) == 1 ? 0 : mask_.stride(d);

@@ -87,7 +87,14 @@ struct Scaling {
         biases(bias ? bias->const_data_ptr<float>() : nullptr) {
     TORCH_CHECK(!scale_for_each || input_scale.numel() * levels.size(-1) == levels.numel(),
                 "one scale, or one for each row");
-    TORCH_CHECK(input_scale.is_contiguous(), "scales must be contiguous");
+    const int64_t width = weight_scale.numel();
+    TORCH_CHECK(input_zero_point.numel() == 1, "one zero point is needed");
+    TORCH_CHECK(input_scale.numel() > 0 || levels.numel() == 0, "a scale is needed");
+    TORCH_CHECK(sums_of_weight.numel() == width && (!bias || bias->numel() == width),
+                "sums, scale and bias of a weight differ in length");
+    TORCH_CHECK(input_scale.is_contiguous() && sums_of_weight.is_contiguous() && weight_scale.is_contiguous() &&
+                    (!bias || bias->is_contiguous()),
+                "scales, sums and bias must be contiguous");
   }
 };
 
