@@ -1,6 +1,7 @@
 // Attention in bf16, of many tokens or of one, and what puts it in the place of PyTorch's.
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
@@ -28,6 +29,23 @@ at::Tensor readable(const at::Tensor& x) {
   return strides.back() == 1 && even ? x : x.contiguous();
 }
 
+// `short_attention`, where oneDNN is switched off. The logarithm of the sums counts as the largest score.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_by_pytorch(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const std::optional<at::Tensor>& mask,
+    bool causal,
+    double scale) {
+  const int64_t share = query.size(1) / key.size(1);
+  std::optional<at::Tensor> added;
+  if (mask) added = mask->to(at::kFloat).expand({query.size(0), query.size(1), query.size(2), key.size(2)});
+  const auto [output, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
+      query, key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), 0.0, causal, added, scale);
+  const at::Tensor dense = sums.contiguous();
+  return {output, dense, at::ones_like(dense)};
+}
+
 // query [batch, heads, tokens, size], key and value [batch, groups, keys, size] bf16, size even;
 // mask [batch or 1, heads or 1, tokens or 1, keys or 1] is added to the scaled scores, scale > 0.
 // Returns [batch, heads, tokens, size], in memory with heads inside tokens, and of the scores of
@@ -46,6 +64,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> short_attention(
                   heads % key.size(1) == 0,
               "keys, values and queries do not fit together");
   for (const auto* x : {&query, &key, &value}) TORCH_CHECK(x->scalar_type() == at::kBFloat16, "bf16 is needed");
+  if (!at::globalContext().userEnabledMkldnn() && query.numel() > 0 && key.numel() > 0) {
+    return attention_by_pytorch(query, key, value, mask, causal, scale);
+  }
   const at::Tensor q = readable(query), k = readable(key), v = readable(value);
   auto output = at::empty({batch, tokens, heads, size}, query.options());
   auto largest = at::empty({batch, heads, tokens}, query.options().dtype(at::kFloat));
@@ -108,7 +129,7 @@ std::tuple<at::Tensor, at::Tensor> attention_in_mode(
   // A mode in Python, as that of fake tensors, is to see PyTorch's operator.
   bool plain = !c10::impl::dispatch_mode_enabled() && (!mask || is_plain(*mask));
   for (const auto* x : {&query, &key, &value}) plain = plain && is_plain(*x) && !needs_gradients(*x);
-  if (!few || !suits || !plain) {
+  if (!few || !suits || !plain || !at::globalContext().userEnabledMkldnn()) {
     return at::_scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, causal, mask, scale);
   }
   std::optional<at::Tensor> added = mask;

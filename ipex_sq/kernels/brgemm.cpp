@@ -5,6 +5,7 @@
 // of bf16, or fours of int8, that one instruction adds up stand next to each other.
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
@@ -28,6 +29,7 @@ using namespace ipex_sq;
 using at::native::cpublas::brgemm;
 
 constexpr int64_t kFewRows = 32;     // from here on it pays to bring the weight into B's layout
+constexpr int64_t kWidened = 4096;   // rows of a weight in fp32 at a time
 constexpr float kMaximum = 255;      // of a level
 constexpr float kTokenMaximum = 127; // levels on either side of
 constexpr int32_t kTokenZero = 128;
@@ -343,6 +345,15 @@ struct Logits {
   }
 };
 
+// The logits, where oneDNN is switched off. A part of the weight at a time is widened.
+void logits_by_pytorch(const at::Tensor& x, const at::Tensor& weight, at::Tensor& output) {
+  const at::Tensor wide = x.to(at::kFloat);
+  for (int64_t first = 0; first < weight.size(0); first += kWidened) {
+    const int64_t rows = std::min(kWidened, weight.size(0) - first);
+    output.narrow(-1, first, rows).copy_(at::linear(wide, weight.narrow(0, first, rows).to(at::kFloat)));
+  }
+}
+
 // x [..., in] bf16, in even but for one row; weight [out, in] bf16; returns [..., out] fp32.
 at::Tensor bf16_logits(const at::Tensor& x, const at::Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "the weight must be a contiguous matrix");
@@ -357,7 +368,9 @@ at::Tensor bf16_logits(const at::Tensor& x, const at::Tensor& weight) {
       weight.size(0)};
   TORCH_CHECK(logits.rows == 1 || weight.size(1) % 2 == 0, "an even width is needed");
   if (output.numel() == 0) return output;
-  if (logits.rows == 1) {
+  if (!at::globalContext().userEnabledMkldnn()) {
+    logits_by_pytorch(x, weight, output);
+  } else if (logits.rows == 1) {
     logits.of_one_row();
   } else if (logits.rows <= kFewRows) {
     logits.of_few_rows();

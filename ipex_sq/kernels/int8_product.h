@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
@@ -108,6 +109,8 @@ inline std::vector<Int8Weight> int8_weights(
     const c10::List<std::optional<at::Tensor>>& biases) {
   TORCH_CHECK(packed.size() == weight_sums.size() && packed.size() == weight_scales.size() && packed.size() == biases.size(),
               "sums, a scale and a bias or none for each weight");
+  TORCH_CHECK(at::globalContext().userEnabledMkldnn(),
+              "int8 products need oneDNN, and torch.backends.mkldnn.enabled is False: set it to True");
   std::vector<Int8Weight> weights;
   for (size_t n = 0; n < packed.size(); ++n) {
     weights.emplace_back(levels, input_scale, input_zero_point, packed[n], weight_sums[n], weight_scales[n], biases.get(n));

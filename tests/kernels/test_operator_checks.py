@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ipex_sq.kernels.attention import has_kernel
+from ipex_sq.kernels.attention import has_kernel, kernel_for_attention
 from ipex_sq.kernels.brgemm import brgemm_built, pack_rows, sum_rows
 
 WIDTH, ROWS, OUT = 16, 3, 70
@@ -139,3 +139,46 @@ def test_no_rows_have_no_outputs():
 def test_logits_without_a_width_are_refused():
     with pytest.raises(RuntimeError, match="no width"):
         operators.bf16_logits(torch.ones(2, 0).bfloat16(), torch.ones(5, 0).bfloat16())
+
+
+def test_without_onednn_int8_names_the_switch():
+    with (
+        torch.backends.mkldnn.flags(enabled=False),
+        pytest.raises(RuntimeError, match=r"torch\.backends\.mkldnn\.enabled is False"),
+    ):
+        _rows()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_without_onednn_logits_are_still_the_sums_in_fp32(rows):
+    x, weight = torch.randn(2, rows, 66).bfloat16(), torch.randn(5000, 66).bfloat16()
+    with torch.backends.mkldnn.flags(enabled=False):
+        found = operators.bf16_logits(x, weight)
+    wanted = x.double() @ weight.double().T
+    assert (found - wanted).abs().max() <= 2**-19 * wanted.abs().max()
+
+
+@with_kernel
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_without_onednn_attention_is_pytorchs(tokens):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, tokens, 16).bfloat16() for heads in (4, 2, 2))
+    mask = torch.randn(1, 4, 1, tokens).half()
+    for more in ({"mask": mask}, {"causal": True}, {}):
+        arguments = {"query": query, "key": key, "value": value, "scale": 0.2, **more}
+        wanted, tops, totals = _attention(**arguments)
+        with torch.backends.mkldnn.flags(enabled=False):
+            found, largest, sums = _attention(**arguments)
+        assert (found - wanted).abs().max() < 0.02
+        assert (largest + sums.log() - tops - totals.log()).abs().max() < 0.02
+        assert found.stride() == wanted.stride()
+
+
+@with_kernel
+def test_without_onednn_prompts_are_pytorchs():
+    query = torch.randn(2, 4, 5, 16).bfloat16()
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        wanted = attend(query, query, query)
+        with kernel_for_attention():
+            assert torch.equal(attend(query, query, query), wanted)
