@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -19,6 +20,7 @@ namespace ipex_sq {
 
 constexpr int64_t kTilesPerGroup = 4; // their weights stay in a core's cache, and are 1 KiB of a row of logits
 constexpr int64_t kRowsPerCall = 64;
+constexpr int64_t kMostProducts = std::numeric_limits<int32_t>::max() / (255 * 127); // in a sum, in any case
 
 inline void check(const at::Tensor& x, int64_t in_features) {
   TORCH_CHECK(x.dim() > 0 && x.size(-1) == in_features, "input and weight differ in width");
@@ -79,6 +81,7 @@ struct Int8Weight {
                 "a packed weight is contiguous [out / 64, in / 4, 64, 4]");
     TORCH_CHECK(weight.size(0) == tiles(), "the weight and its scale differ in length");
     check(levels, weight.size(1) * kFour);
+    TORCH_CHECK(levels.size(-1) <= kMostProducts, "int32 sums hold ", kMostProducts, " products of levels with weights, not ", levels.size(-1));
   }
 
   int64_t tiles() const { return (out_features + kTile - 1) / kTile; }

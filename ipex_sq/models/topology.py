@@ -21,6 +21,7 @@ from ipex_sq.models.probing import probe_channels
 from ipex_sq.models.running import run_model
 from ipex_sq.models.watching import Source, Watch, watch
 from ipex_sq.recipe.plan import HEAD, SmoothGroup
+from ipex_sq.recipe.splitting import MOST_PRODUCTS, number_of_copies
 
 STACKED_DIMENSIONS = 3
 """transformers 5 keeps the experts of a layer in one `[experts, out, in]` weight."""
@@ -86,6 +87,8 @@ def quantizable_linears(
             reasons[name] = HEAD
         elif owners[id(module.weight)] > 1:
             reasons[name] = "weight shared with another module"
+        elif module.in_features + number_of_copies(module.in_features) > MOST_PRODUCTS:
+            reasons[name] = "so wide that int32 sums could overflow"
         else:
             linears[name] = module
     for name, parameter in model.named_parameters():

@@ -20,6 +20,9 @@ CHANNELS_PER_COPY = 48
 """Twice as many copies gained nothing more on SmolLM2-135M (docs/log.md): once all channels have
 the same range, none has room for what calibration has not seen."""
 
+MOST_PRODUCTS = (2**31 - 1) // (255 * 127)
+"""Of levels with weights, that an int32 sum always holds: 66,311 columns, with copies."""
+
 GROUP = 4
 """Copies come in multiples of this: int8 kernels add up four products at a time."""
 

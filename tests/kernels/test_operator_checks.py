@@ -136,6 +136,15 @@ def test_no_rows_have_no_outputs():
     assert operators.bf16_logits(x, weight).shape == (0, OUT)
 
 
+def test_more_products_than_int32_sums_hold_are_refused():
+    widest = pack_rows(torch.full((OUT, 66308), 127, dtype=torch.int8))
+    levels = torch.full((1, 66308), 255, dtype=torch.uint8)
+    assert float(_rows(packed=widest, levels=levels)[0, 0]) == pytest.approx(66308 * 127 * 255)
+    wider = pack_rows(torch.ones(OUT, 66312, dtype=torch.int8))
+    with pytest.raises(RuntimeError, match="66311 products"):
+        _rows(packed=wider, levels=torch.ones(1, 66312, dtype=torch.uint8))
+
+
 def test_logits_without_a_width_are_refused():
     with pytest.raises(RuntimeError, match="no width"):
         operators.bf16_logits(torch.ones(2, 0).bfloat16(), torch.ones(5, 0).bfloat16())

@@ -136,6 +136,13 @@ def test_a_norm_that_a_residual_reads_cannot_fold(residual):
     assert bool(group.fold_problem) is residual
 
 
+def test_linears_whose_int32_sums_could_overflow_stay_float():
+    model = nn.ModuleDict({"just": nn.Linear(64900, 1), "wide": nn.Linear(65000, 1)})
+    linears, reasons = quantizable_linears(model)
+    assert set(linears) == {"just"}  # 66,256 columns with its copies, where 66,311 may be
+    assert "overflow" in reasons["wide"]
+
+
 def test_a_model_without_linears_is_refused():
     with pytest.raises(UnsupportedModelError, match="no Linear"):
         quantizable_linears(nn.Sequential(nn.LayerNorm(4)))
