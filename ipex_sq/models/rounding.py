@@ -40,6 +40,9 @@ def round_weights(model: nn.Module, plan: QuantPlan, stats: ActStats) -> None:
         model: Smoothed as the plan says.
         plan: Says how weights are rounded and whether biases are corrected.
         stats: Hold the Hessians and samples that the plan was made with.
+
+    Raises:
+        CalibrationError: See `gptq_weight`.
     """
     if plan.weight_rounding != GPTQ and not plan.corrects_biases:
         return
@@ -73,7 +76,8 @@ def _round_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, stats: ActS
     weight = torch.cat([linear.weight[:, :width].float() for linear in linears])
     steps = torch.cat([_steps(plan.linears[name]) for name in readers])
     if plan.weight_rounding == GPTQ:
-        levels = gptq_weight(weight, steps, smoothed_hessian(stats.hessians[key], item.scale))
+        hessian = smoothed_hessian(stats.hessians[key], item.scale)
+        levels = gptq_weight(weight, steps, hessian, name=key)
     else:
         levels = quantize_weight(weight, steps)
     if not plan.corrects_biases or key not in stats.samples:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.distributed import collect, owners, processes, share
+from ipex_sq.errors import CalibrationError
 from ipex_sq.recipe.hooks import hooked
 from ipex_sq.recipe.qparams import WEIGHT_MAXIMUM, int8_sums, quantize_weight, weight_scale
 
@@ -151,22 +152,35 @@ def smoothed_hessian(hessian: Tensor, scale: Tensor | None) -> Tensor:
     return hessian if scale is None else hessian / scale / scale[:, None]
 
 
-def gptq_weight(weight: Tensor, steps: Tensor, hessian: Tensor) -> Tensor:
+def gptq_weight(
+    weight: Tensor, steps: Tensor, hessian: Tensor, *, name: str = "a Linear"
+) -> Tensor:
     """Round `weight` to int8 levels that keep its outputs.
 
     Args:
         weight: `[out_features, in_features]`, fp32.
         steps: `[out_features]`, the weight scale.
         hessian: `[in_features, in_features]`, sum of x x^T over inputs.
+        name: Path of the Linear, for errors.
 
     Returns:
         `[out_features, in_features]` int8 in [-127, 127].
+
+    Raises:
+        CalibrationError: The Hessian is not positive definite in fp32, or not finite.
     """
     size = hessian.diagonal()
     damped = hessian + torch.eye(len(size)) * (DAMPING * size.mean()).clamp(min=1e-12)
     # Channels with the largest inputs first: the others can take over their errors.
     order = size.argsort(descending=True, stable=True)
-    feedback = _feedback(damped[order][:, order])
+    try:
+        feedback = _feedback(damped[order][:, order])
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise CalibrationError(
+            f"GPTQ cannot round {name!r}: its inputs in calibration give no positive definite "
+            "Hessian. Calibrate on more texts, or round weights to nearest (--weight_rounding "
+            "nearest)"
+        ) from error
     wanted = (weight / steps[:, None]).T[order].contiguous()  # [in, out]: channels are contiguous
     levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
     shifted = wanted.clone()

@@ -23,6 +23,9 @@ TOKEN_ZERO_POINT = 128
 SMALLEST_SCALE = 1e-8
 """Lower bound of every scale: an input or a weight row that is all zero still divides by it."""
 
+SHORTEST_INT8_SUM = 2
+"""Products per sum that torch's int8 matrix product needs."""
+
 
 @dataclass(frozen=True)
 class ActivationQParams:
@@ -163,7 +166,8 @@ def int8_sums(levels: Tensor, zero_point: int, weight_levels: Tensor) -> Tensor:
         `[n, out_features]` fp32, of exact integers where the CPU multiplies int8 exactly; elsewhere
         fp32 adds them up.
     """
-    if int8_isa() not in EXACT_INT8_ISA:
+    # torch._int_mm leaves its output unwritten where there is one product per sum (torch 2.13).
+    if int8_isa() not in EXACT_INT8_ISA or levels.shape[1] < SHORTEST_INT8_SUM:
         return (levels.float() - zero_point) @ weight_levels.float().T
     # Four times as fast as fp32. The operator takes signed levels: 128 less, put right afterwards.
     # A row of ones gives the sums of the weights, sooner than adding them up takes.

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from ipex_sq.errors import CalibrationError
 from ipex_sq.recipe import gptq
 from ipex_sq.recipe.gptq import (
     HessianRecorder,
@@ -86,6 +87,20 @@ def test_the_hessian_is_the_sum_over_tokens(monkeypatch):
     size = wanted.diagonal().sqrt()
     # Rounding a channel to 254 levels of its range: a hundredth of its size at most.
     assert float(((found - wanted) / size / size[:, None]).abs().max()) < 0.01
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows_give_their_own_hessian(rows):
+    x = _inputs(16, tokens=rows)
+    wanted = x.T @ x
+    found = _recorded([x], 16)
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.01 * float(wanted.abs().max()))
+
+
+def test_a_hessian_without_a_root_is_an_error_with_advice():
+    weight = _weight(4)
+    with pytest.raises(CalibrationError, match=r"'here'.*more texts"):
+        gptq_weight(weight, weight_scale(weight), -10 * torch.eye(4) + 9, name="here")
 
 
 def test_every_nth_token_is_taken_however_they_are_batched():

@@ -72,12 +72,13 @@ def test_an_all_zero_row_stays_zero():
 
 @pytest.mark.parametrize("isa", [int8_isa(), "AVX2"])
 @pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
-def test_int8_sums_are_the_sums_of_the_integers(monkeypatch, isa, zero_point):
+@pytest.mark.parametrize("channels", [1, 2, 3, 70])
+def test_int8_sums_are_the_sums_of_the_integers(monkeypatch, isa, zero_point, channels):
     """By this CPU's own kernels; and, as where int8 kernels saturate, by fp32."""
     monkeypatch.setattr(qparams, "int8_isa", lambda: isa)
     generator = torch.Generator().manual_seed(zero_point)
-    levels = torch.randint(0, 256, (33, 70), generator=generator, dtype=torch.uint8)
-    weight = torch.randint(-127, 128, (19, 70), generator=generator, dtype=torch.int8)
+    levels = torch.randint(0, 256, (33, channels), generator=generator, dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (19, channels), generator=generator, dtype=torch.int8)
     weight[3], levels[4] = 127, 255  # the largest sums
     wanted = (levels.long() - zero_point) @ weight.long().T
     assert torch.equal(int8_sums(levels, zero_point, weight).long(), wanted)
