@@ -39,6 +39,10 @@ TOGETHER = 4
 """Channels rounded at once, without regard to each other: one by one takes a third longer and gains
 less than two runs differ."""
 
+HASH_BITS = 2**31 - 1
+HASH_FACTORS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35)
+"""Odd, below 2^32: of the golden ratio, and of MurmurHash3's last step."""
+
 
 def fit_hessians(in_features: Iterable[int]) -> bool:
     """Whether the Hessians of inputs with so many channels are gathered."""
@@ -50,7 +54,7 @@ Rows = tuple[int, Tensor]
 
 
 class HessianRecorder:
-    """Sums x x^T of one Linear's inputs, of every n-th token, each channel rounded to int8.
+    """Sums x x^T of one Linear's inputs, of one token in n, each channel rounded to int8.
 
     Which tokens, and the order of the sum, do not depend on which process ran a batch.
 
@@ -77,8 +81,10 @@ class HessianRecorder:
     def observe(self, x: Tensor) -> None:
         """Take in one input `[..., in_features]`."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        start, self._passed = -self._passed % self._every, self._passed + len(rows)
-        picked = rows[start :: self._every].float().clone()  # a view would keep the whole input
+        start, self._passed = self._passed, self._passed + len(rows)
+        picked = rows[picked_rows(start, self._passed, self._every) - start].float()
+        if not len(picked):
+            return  # an expert that no token was sent to, or no picked one
         if self._at_once:
             self._wait(picked)
         else:
@@ -110,6 +116,30 @@ class HessianRecorder:
             self._waiting.clear()
 
 
+def picked_rows(start: int, stop: int, every: int) -> Tensor:
+    """Which rows from `start` to `stop` are summed: one of each `every`, anywhere among them.
+
+    A fixed stride would meet the same few positions of every text where it shares a factor with
+    their length. The place within the stride is a hash of its number instead: the same in every
+    run and process, however rows are batched.
+
+    Returns:
+        `[n]` int64, ascending, `start` <= row < `stop`.
+    """
+    strides = torch.arange(start // every, -(-stop // every))
+    places = strides * every + _hashed(strides) % every
+    return places[(places >= start) & (places < stop)]
+
+
+def _hashed(numbers: Tensor) -> Tensor:
+    """31 bits of each of `numbers` (int64, >= 0): multiplied and shifted, with no overflow."""
+    mixed = numbers & HASH_BITS
+    for factor in HASH_FACTORS:
+        mixed = (mixed * factor) & HASH_BITS
+        mixed = mixed ^ (mixed >> 15)
+    return mixed
+
+
 def joined_hessians(recorders: Mapping[str, HessianRecorder]) -> dict[str, Tensor]:
     """The sum over the inputs that all processes saw `[in_features, in_features]`, by group key."""
     whole = list(recorders.values())
@@ -127,7 +157,7 @@ def record_hessians(
 
     Args:
         readers: One Linear of each smooth group, by group key.
-        tokens: How many all processes will run, to take every n-th (`ROWS_PER_CHANNEL`).
+        tokens: How many all processes will run, to take one in n (`ROWS_PER_CHANNEL`).
     """
     alone = processes() == 1
     recorders = {

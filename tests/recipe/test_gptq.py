@@ -9,6 +9,7 @@ from ipex_sq.recipe.gptq import (
     _feedback,
     gptq_weight,
     one_thread,
+    picked_rows,
     record_hessians,
     smoothed_hessian,
 )
@@ -103,12 +104,44 @@ def test_a_hessian_without_a_root_is_an_error_with_advice():
         gptq_weight(weight, weight_scale(weight), -10 * torch.eye(4) + 9, name="here")
 
 
-def test_every_nth_token_is_taken_however_they_are_batched():
+@pytest.mark.parametrize("length", [64, 89, 100, 128, 144, 512])
+@pytest.mark.parametrize("every", [8, 10, 16, 128])
+def test_every_position_of_texts_is_taken_alike(length, every):
+    texts = 512
+    places = picked_rows(0, length * texts, every)
+    assert abs(len(places) - length * texts / every) <= 1
+    assert int(places.diff().min()) > 0
+    counts = torch.bincount(places % length, minlength=length).double()
+    fair = texts / every  # counts vary as those of a Poisson distribution at most
+    assert float((counts - fair).square().mean()) < 1.5 * fair
+    assert float(counts.max()) < fair + 6 * fair**0.5 + 2
+
+
+def test_the_same_rows_are_picked_wherever_batches_are_cut():
+    whole = picked_rows(0, 1000, 7)
+    parts = [picked_rows(start, stop, 7) for start, stop in ((0, 3), (3, 4), (4, 500), (500, 1000))]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(picked_rows(5, 9, 1), torch.arange(5, 9))
+
+
+def test_as_many_tokens_are_taken_however_they_are_batched():
     x = _inputs(8, tokens=97)
     whole = _recorded([x], 8)
     parts = _recorded([x[:50], x[50:53], x[53:]], 8)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-3)
     assert float(whole.trace()) < 0.5 * float(x.pow(2).sum())
+
+
+def test_an_expert_without_rows_has_a_hessian_of_zeros():
+    found = HessianRecorder(64, 128 * 128)
+    found.begin(1)
+    found.observe(torch.empty(0, 64))
+    assert torch.equal(found.finish(), torch.zeros(64, 64))
+    alone = HessianRecorder(64, 128 * 128)
+    for start in range(0, 128 * 128, 128):  # reached, but few of its rows are picked or none
+        alone.begin(start)
+        alone.observe(torch.ones(1, 64))
+    assert bool(alone.finish().isfinite().all())
 
 
 def test_smoothing_the_hessian_is_smoothing_the_inputs():
