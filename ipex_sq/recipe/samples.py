@@ -31,7 +31,7 @@ class GroupSample:
         inputs: `[n, in_features]`, unsmoothed.
         gradients: `[n, sum of out_features]`, of -log p(y) summed over the text's predictions, by
             the outputs of the group's readers, side by side in their order.
-        weight: Tokens that one sampled row stands for, per prediction of the model.
+        weight: Rows that one sampled row stands for, per prediction of the model.
     """
 
     inputs: Tensor
@@ -68,16 +68,20 @@ class SampleRecorder:
             name: [] for group in groups for name in group.readers
         }
         self._picks: dict[str, Tensor] = {}
+        self._seen = {group.key: 0 for group in groups}
 
-    def hook_for(self, group: SmoothGroup, name: str) -> Callable[..., None]:
+    def hook_for(self, group: SmoothGroup, name: str) -> Callable[..., Tensor | None]:
         """A forward hook for the group's reader `name`."""
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             rows = args[0].detach().reshape(-1, args[0].shape[-1])
+            if not len(rows):
+                return None  # an expert that no token was sent to
             if name == group.key:  # the readers run in this order, on the same tensor
                 inputs = self._inputs[group.key]
                 self._picks[group.key] = self._drawn(rows.shape[0], text=len(inputs))
                 inputs.append(rows[self._picks[group.key]].float())
+                self._seen[group.key] += len(rows)
             picks = self._picks[group.key]
             gradients = self._gradients[name]
             place = len(gradients)
@@ -86,7 +90,13 @@ class SampleRecorder:
             def keep(gradient: Tensor) -> None:
                 gradients[place] = gradient.reshape(-1, gradient.shape[-1])[picks].float()
 
-            output.register_hook(keep)  # type: ignore[no-untyped-call]
+            if output.requires_grad:
+                output.register_hook(keep)  # type: ignore[no-untyped-call]
+                return None
+            # Of a parameter, such as DeBERTa's relative positions: no gradient goes further back.
+            start = output.detach().requires_grad_()
+            start.register_hook(keep)
+            return start.clone()  # the model may change it in place, and a leaf must not change
 
         return hook
 
@@ -97,12 +107,12 @@ class SampleRecorder:
 
     def finish(self) -> dict[str, GroupSample]:
         """The samples by group key; a group that was never reached has none."""
-        weight = 1.0 / (self._share * max(self.predictions, 1))
         found = {}
         for group in self._groups:
             if self._inputs[group.key]:
                 gradients = [torch.cat(self._gradients[name]) for name in group.readers]
                 inputs = torch.cat(self._inputs[group.key])
+                weight = self._seen[group.key] / len(inputs) / max(self.predictions, 1)
                 found[group.key] = GroupSample(inputs, torch.cat(gradients, dim=1), weight)
         return found
 
