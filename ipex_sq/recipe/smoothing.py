@@ -18,6 +18,8 @@ def smoothing_scale(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> 
 
     A channel that calibration never saw above the floor keeps s = 1: its 1/s would amplify whatever
     arrives later without bound (a departure from the paper, which does not treat dead channels).
+    Where that would make its weight column the largest of all, and so the step of every weight
+    coarser, s is as small as makes it equal to the largest of the others.
 
     Args:
         act_absmax: `[in_features]`, largest absolute input per channel.
@@ -30,7 +32,11 @@ def smoothing_scale(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> 
     activations = act_absmax.float().clamp(min=SMALLEST_ABSMAX)
     weights = weight_absmax.float().clamp(min=SMALLEST_ABSMAX)
     scale = activations.pow(alpha) / weights.pow(1.0 - alpha)
-    return torch.where(act_absmax <= SMALLEST_ABSMAX, torch.ones_like(scale), scale)
+    dead = act_absmax <= SMALLEST_ABSMAX
+    if bool(dead.all()):
+        return torch.ones_like(scale)
+    largest = (scale * weights)[~dead].max()
+    return torch.where(dead, (largest / weights).clamp(max=1.0), scale)
 
 
 def column_absmax(weights: Sequence[Tensor]) -> Tensor:

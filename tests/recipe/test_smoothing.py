@@ -31,9 +31,27 @@ def test_absmax_of_columns_is_over_all_rows_of_all_readers(monkeypatch):
     assert torch.equal(column_absmax([first, second]), wanted)
 
 
-def test_dead_channels_keep_scale_one():
+def test_dead_channels_keep_scale_one_where_others_are_larger():
     act = torch.tensor([0.0, 2.0])
     assert smoothing_scale(act, torch.ones(2), 0.9)[0] == 1.0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.001])
+def test_dead_channels_do_not_set_the_steps_of_weights(alpha, size):
+    act = _random(50, 16, 0).abs().amax(0) * size
+    act[:3] = 0.0
+    weight = column_absmax([_random(8, 16, 1)])
+    weight[0] *= 100.0
+    scale = smoothing_scale(act, weight, alpha)
+    assert bool((scale > 0).all())
+    assert float(scale[:3].max()) <= 1.0
+    smoothed = scale * weight
+    assert float(smoothed[:3].max()) <= float(smoothed[3:].max()) * (1 + 1e-6)
+
+
+def test_a_group_of_dead_channels_is_left_alone():
+    assert torch.equal(smoothing_scale(torch.zeros(3), torch.ones(3), 0.5), torch.ones(3))
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.85])
