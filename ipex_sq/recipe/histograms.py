@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ipex_sq.recipe.hooks import hooked
 
 BINS = 2048
+MOST_COUNTED = 2**24
+"""Values at once: torch.histc counts in fp32, which holds whole numbers up to here."""
 COARSE_BINS = 128
 CANDIDATE_STEP = 16
 LEVELS = 127
@@ -37,7 +39,9 @@ class Histogram:
 
     def add(self, x: Tensor) -> None:
         """Count an input `[..., in_features]`."""
-        self.counts += torch.histc(x.detach().float().abs(), bins=BINS, min=0, max=self.absmax)
+        for values in x.detach().reshape(-1).split(MOST_COUNTED):
+            size = values.float().abs()
+            self.counts += torch.histc(size, bins=BINS, min=0, max=self.absmax)
 
     def clipped(self, observer: str, percentile: float) -> tuple[float, float]:
         """The range, clipped symmetrically as the observer says.

@@ -69,6 +69,18 @@ def test_kl_clips_a_lone_outlier_and_keeps_a_uniform_range():
     assert even.clipped("kl", 100.0)[1] > 0.9
 
 
+def test_counts_of_one_bin_pass_two_to_the_24():
+    """torch.histc counts in fp32, which ends there: adding one no longer changes it."""
+    threads = torch.get_num_threads()
+    histogram, values = Histogram(0.0, 1.0), 2**24 + 1001
+    try:
+        torch.set_num_threads(1)
+        histogram.add(torch.zeros(1, values))
+    finally:
+        torch.set_num_threads(threads)
+    assert int(histogram.counts[0]) == int(histogram.counts.sum()) == values
+
+
 def test_kl_threshold_stays_within_its_bins():
     assert kl_threshold_bins(torch.zeros(BINS)) <= BINS
 
