@@ -20,6 +20,7 @@ from ipex_sq.models.folding import fold_form
 from ipex_sq.models.probing import probe_channels
 from ipex_sq.models.running import run_model
 from ipex_sq.models.watching import Source, Watch, watch
+from ipex_sq.recipe.observers import UNREACHED_ADVICE
 from ipex_sq.recipe.plan import HEAD, SmoothGroup
 from ipex_sq.recipe.splitting import MOST_PRODUCTS, number_of_copies
 
@@ -145,7 +146,7 @@ def find_topology(
             return Topology(tuple(groups.values()), reasons, head)
     raise CalibrationError(
         f"{len(left)} Linear layer(s) were never reached, the first is {next(iter(left))!r}: "
-        "calibrate on more texts"
+        + UNREACHED_ADVICE
     )
 
 

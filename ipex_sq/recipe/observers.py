@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from ipex_sq.errors import CalibrationError
 from ipex_sq.recipe.hooks import hooked
 
+UNREACHED_ADVICE = (
+    "calibrate on more texts, which may send tokens to every expert; a model with Linears that no "
+    "text reaches is not supported (--max_drop does not leave them out)"
+)
+
 
 @dataclass(frozen=True)
 class LinearStats:
@@ -90,7 +95,7 @@ class StatsRecorder:
         if missed:
             raise CalibrationError(
                 f"{len(missed)} Linear layer(s) were never reached in calibration, the first is "
-                f"{missed[0]!r}: calibrate on more texts, or keep them in float"
+                f"{missed[0]!r}: {UNREACHED_ADVICE}"
             )
         return self.so_far()
 
