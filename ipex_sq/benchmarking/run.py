@@ -151,6 +151,18 @@ def _finish(entry: Entry) -> None:
         entry.breakdown = entry.workers[0].call("breakdown")  # its events take memory
 
 
+def _times(times: list[float]) -> dict[str, Any]:
+    return {
+        "p50_ms": statistics.median(times),
+        "p90_ms": quantile(times, 0.9),
+        "min_ms": min(times),
+        "p05_ms": quantile(times, 0.05),
+        "p95_ms": quantile(times, 0.95),
+        "runs": len(times),
+        "samples_ms": [round(time, 3) for time in times],
+    }
+
+
 def _row(
     entry: Entry,
     asked: tuple[Subject, BenchmarkConfig],
@@ -171,15 +183,8 @@ def _row(
     }
     if entry.reason:
         return row
-    times = [sample.ms for sample in entry.samples]
     row |= {
-        "p50_ms": statistics.median(times),
-        "p90_ms": quantile(times, 0.9),
-        "min_ms": min(times),
-        "p05_ms": quantile(times, 0.05),
-        "p95_ms": quantile(times, 0.95),
-        "runs": len(times),
-        "samples_ms": [round(time, 3) for time in times],
+        **_times([sample.ms for sample in entry.samples]),
         "batches_per_s": statistics.median(entry.turns),
         "breakdown": entry.breakdown,
         **entry.described,

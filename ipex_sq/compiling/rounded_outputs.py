@@ -19,7 +19,7 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
 )
 
-from ipex_sq.kernels.static_levels import static_levels
+from ipex_sq.kernels.levels import static_levels
 
 Activation = Callable[[Tensor], Tensor]
 

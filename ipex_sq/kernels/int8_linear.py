@@ -11,16 +11,13 @@ from torch import Tensor, nn
 from ipex_sq.errors import ConfigError
 from ipex_sq.kernels import onednn_linear  # noqa: F401, its operator
 from ipex_sq.kernels.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
-from ipex_sq.kernels.static_levels import static_levels
+from ipex_sq.kernels.levels import input_levels, token_levels
 from ipex_sq.kernels.weight_memory import WeightMemory
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
     ACTIVATION_LEVELS,
-    SMALLEST_SCALE,
     TOKEN_ZERO_POINT,
     ActivationQParams,
-    quantize_tokens,
-    token_scale,
 )
 from ipex_sq.recipe.splitting import append_copies, before_parts, checked_channels, number_of_parts
 
@@ -235,8 +232,7 @@ class Int8Linear(nn.Module):
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise ConfigError("int8 Linears have no gradient: take the float model for it")
-        levels, scale = self._round_tokens(x) if self.per_token else self._round(x)
-        return self.multiply(levels, scale)
+        return self.multiply(*self._round(x))
 
     def multiply(self, levels: Tensor, scale: Tensor) -> Tensor:
         """The product alone, scaled and with its bias.
@@ -261,27 +257,11 @@ class Int8Linear(nn.Module):
         return (product if self.bias is None else product + self.bias).to(self.output_dtype)
 
     def _round(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        copies = self.channels, self.held_low, self.held_high
-        if not torch.compiler.is_compiling() and brgemm_built():
-            rounded: Tensor = torch.ops.ipex_sq.round_static(
-                x.contiguous(), self.multiplier, self.input_zero_point, *copies
-            )
-            return rounded, self.input_scale
-        # Where a compiler fuses them with what wrote x, these cost less than that one pass.
-        return static_levels(x, self.multiplier, self.input_zero_point, copies), self.input_scale
-
-    def _round_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        levels: Tensor
-        scale: Tensor
-        if self.packed is None:  # brgemm is there, and with it rounding in one pass
-            rounded = torch.ops.ipex_sq.round_tokens(
-                x.contiguous(), self.multiplier, SMALLEST_SCALE
-            )
-            levels, scale = rounded
-        else:
-            x = x.float() * self.multiplier
-            scale = token_scale(x)
-            levels = quantize_tokens(x, scale)
+        if not self.per_token:
+            copies = self.channels, self.held_low, self.held_high
+            return input_levels(x, self.multiplier, self.input_zero_point, copies), self.input_scale
+        # Without oneDNN's layout brgemm is there, and with it rounding in one pass.
+        levels, scale = token_levels(x, self.multiplier, one_pass=self.packed is None)
         # Parts have equal levels, and bytes are cheaper to copy than floats.
         return append_copies(levels, self.channels), scale
 
