@@ -45,7 +45,7 @@ class Entry:
     turns: list[float] = field(default_factory=list)
     work: Work | None = None
     load: Load | None = None
-    described: dict[str, float] = field(default_factory=dict)
+    described: dict[str, float | None] = field(default_factory=dict)
     breakdown: dict[str, float] = field(default_factory=dict)
     reason: str = ""
 

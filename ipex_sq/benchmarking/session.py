@@ -96,7 +96,7 @@ class Session:
     _load: Load
     _run: Callable[[], Sample]
     _profiled: Callable[[], Sample]
-    _score: Callable[[], dict[str, float]]
+    _score: Callable[[], dict[str, float | None]]
 
     def __init__(self, contender: Contender, subject: Subject, config: BenchmarkConfig) -> None:
         reset_peak_rss()
@@ -104,7 +104,7 @@ class Session:
         start = time.perf_counter()
         prepared = prepare(contender, subject, generates=config.workload == DECODE)
         self._work = prepared.work
-        self._accuracy: dict[str, float] = {}
+        self._accuracy: dict[str, float | None] = {}
         if config.workload == LAMBADA:
             self._prepare_lambada(prepared, subject, config)
         else:
@@ -119,7 +119,7 @@ class Session:
         self._warm_up(config.warmup)
         give_freed_memory_back()
 
-    def describe(self) -> tuple[Work, Load, dict[str, float]]:
+    def describe(self) -> tuple[Work, Load, dict[str, float | None]]:
         """Its work, that of one batch, and what the row says of getting ready."""
         return (
             self._work,
@@ -225,11 +225,11 @@ def _workload(prepared: Prepared, config: BenchmarkConfig) -> Callable[[], Sampl
     return lambda: _forward(model, batch, last)
 
 
-def _accuracy(result: LambadaResult) -> dict[str, float]:
+def _accuracy(result: LambadaResult) -> dict[str, float | None]:
     return {
         "accuracy": result.last_word_accuracy,
         "accuracy_stderr": result.stderr,
-        "perplexity": result.perplexity,
+        "perplexity": result.json_perplexity,
     }
 
 

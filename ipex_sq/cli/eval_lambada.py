@@ -21,6 +21,7 @@ from ipex_sq.config import (
 )
 from ipex_sq.distributed import processes, rank
 from ipex_sq.errors import ConfigError
+from ipex_sq.report.rows import perplexity_cell
 
 DESCRIPTION = """\
 LAMBADA accuracy of a causal language model on this CPU: in fp32, in static INT8 (W8A8), or in
@@ -144,7 +145,7 @@ def _measured(row: dict[str, Any], texts: Any) -> dict[str, Any]:
     return {
         "dataset": f"{texts.evaluation.name}, {len(texts.evaluation.documents)} documents",
         **{name: f"{row[name]:.2%}" for name in shares},
-        "perplexity": f"{row['perplexity']:.2f}",
+        "perplexity": perplexity_cell(row),
     }
 
 

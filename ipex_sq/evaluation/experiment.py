@@ -159,7 +159,7 @@ def _accuracy(scores: LambadaResult) -> dict[str, Any]:
     return {
         "last_word_accuracy": scores.last_word_accuracy,
         "last_token_accuracy": scores.last_token_accuracy,
-        "perplexity": scores.perplexity,
+        "perplexity": scores.json_perplexity,
         "stderr": scores.stderr,
         "delta": None,
         "delta_stderr": None,

@@ -25,7 +25,7 @@ from ipex_sq.data.documents import Document
 from ipex_sq.data.special_tokens import added_tokens
 from ipex_sq.distributed import share
 from ipex_sq.errors import DataError, NumericalCheckError
-from ipex_sq.evaluation.pairing import standard_error
+from ipex_sq.evaluation.pairing import perplexity_of, standard_error
 from ipex_sq.models.body import logits_at
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,13 @@ class LambadaResult:
 
     @property
     def perplexity(self) -> float:
-        """exp(-mean log p(last word)), > 1."""
-        return math.exp(-sum(self.log_probability) / len(self.log_probability))
+        """exp(-mean log p(last word)), > 1; may be infinite."""
+        return perplexity_of(sum(self.log_probability) / len(self.log_probability))
+
+    @property
+    def json_perplexity(self) -> float | None:
+        """The same for a result file: JSON has no infinity, None stands for it."""
+        return self.perplexity if math.isfinite(self.perplexity) else None
 
     @property
     def stderr(self) -> float:

@@ -5,7 +5,6 @@ Far less noisy than last words: 32 texts hold some 2,500 predictions and 32 last
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from ipex_sq.distributed import share
+from ipex_sq.evaluation.pairing import perplexity_of
 from ipex_sq.models.running import run_model
 from ipex_sq.recipe.batching import Batch
 
@@ -31,8 +31,8 @@ class NextTokens:
 
     @property
     def perplexity(self) -> float:
-        """exp(-mean log p(token)), > 1."""
-        return math.exp(-self.log_probability)
+        """exp(-mean log p(token)), > 1; may be infinite."""
+        return perplexity_of(self.log_probability)
 
 
 @torch.inference_mode()

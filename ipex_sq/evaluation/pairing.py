@@ -16,6 +16,14 @@ class Scored(Protocol):
         """Whether the model has each document right, in the order given."""
 
 
+def perplexity_of(log_probability: float) -> float:
+    """Exp of the negated mean log-probability, in nats; infinity where a double cannot hold it."""
+    try:
+        return math.exp(-log_probability)
+    except OverflowError:  # a model so broken that right answers have e^-710 on average
+        return math.inf
+
+
 def standard_error(correct: Sequence[bool]) -> float:
     """Of the share of True (sample deviation over root n, as lm-eval); 0 for one document."""
     count = len(correct)

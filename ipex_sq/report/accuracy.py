@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ipex_sq.report.rows import alpha_cell, linears_cell, number, run_note
+from ipex_sq.report.rows import alpha_cell, linears_cell, number, perplexity_cell, run_note
 from ipex_sq.report.tables import format_table
 
 HEADER = (
@@ -39,7 +39,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['delta']:+.2f}" if paired else "-",
         f"{row['gained']}/{row['lost']}" if paired else "-",
         f"{100 * row['last_token_accuracy']:.2f} %",
-        f"{row['perplexity']:.2f}",
+        perplexity_cell(row),
         linears_cell(row),
         number(row["quantize_s"], ".1f"),
         f"{row['docs_per_s']:.1f}",

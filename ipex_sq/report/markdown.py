@@ -8,7 +8,14 @@ from typing import Any
 
 from ipex_sq.errors import DataError
 from ipex_sq.report.latency import backend_and_head
-from ipex_sq.report.rows import alpha_cell, missing_notes, number, ratio, share
+from ipex_sq.report.rows import (
+    alpha_cell,
+    missing_notes,
+    number,
+    perplexity_cell,
+    ratio,
+    share,
+)
 from ipex_sq.report.tables import markdown_table
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
@@ -63,7 +70,7 @@ def _accuracy(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{100 * row['last_word_accuracy']:.2f} %",
         f"{row['delta']:+.2f}" if int8 and row["delta"] is not None else "",
         f"{100 * row['last_token_accuracy']:.2f} %",
-        f"{row['perplexity']:.2f}",
+        perplexity_cell(row),
         number(row["quantize_s"], ".1f"),
         f"{row['docs_per_s']:.1f}",
     )

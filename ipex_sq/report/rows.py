@@ -19,6 +19,12 @@ def linears_cell(row: dict[str, Any]) -> str:
     return "-" if row["precision"] != "int8" else f"{row['int8_linears']}/{row['float_linears']}"
 
 
+def perplexity_cell(row: Mapping[str, Any]) -> str:
+    """The perplexity; None in a result stands for infinity."""
+    value = row["perplexity"]
+    return "inf" if value is None else f"{value:.2f}"
+
+
 def number(value: float | None, style: str) -> str:
     """The number, or "-" where there is none."""
     return "-" if value is None else format(value, style)

@@ -14,6 +14,7 @@ from ipex_sq.cli import benchmark, eval_lambada
 from ipex_sq.cli.running import run
 from ipex_sq.config import DataConfig, QuantConfig
 from ipex_sq.models.tiny import tiny_model, tiny_tokenizer
+from ipex_sq.report import markdown
 from ipex_sq.resources import by_core
 
 
@@ -165,6 +166,22 @@ def test_activations_that_are_not_finite(folder, tmp_path, capsys):
     flags = _broken_copy(folder, tmp_path, overflow)
     line = fails(capsys, [*base_flags(folder), *flags, "--int8", "--backend", "native"])
     assert "not finite" in line
+
+
+def test_a_model_that_is_wrong_beyond_a_double_has_inf_in_the_table_and_null_in_json(
+    folder, tmp_path, capsys
+):
+    flags = _broken_copy(folder, tmp_path, lambda m: m.lm_head.weight.mul_(1e5))
+    assert run(eval_lambada.command, [*base_flags(folder), *flags]) == 0
+    table, line = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+
+    def no_json(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    (row,) = json.loads(line, parse_constant=no_json)["results"]
+    assert row["perplexity"] is None
+    assert " inf " in table
+    assert " inf " in markdown.result_table({"results": [row]})
 
 
 def test_output_folders_that_are_not_ours(folder, tmp_path, capsys):

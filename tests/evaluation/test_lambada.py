@@ -16,6 +16,7 @@ from ipex_sq.evaluation.lambada import (
     encode_documents,
     evaluate_lambada,
 )
+from ipex_sq.evaluation.next_tokens import NextTokens
 from ipex_sq.evaluation.pairing import paired_difference
 from ipex_sq.models.body import logits_at
 from ipex_sq.models.tiny import DECODERS, tiny_model
@@ -69,6 +70,16 @@ def test_perplexity_and_standard_error():
     assert result.last_word_accuracy == 0.75
     spread = torch.tensor([1.0, 0.0, 1.0, 1.0]).std().item() / 2
     assert result.stderr == pytest.approx(spread)
+
+
+def test_a_perplexity_beyond_a_double_is_infinite_and_null_in_json():
+    result = LambadaResult((False,), (False,), (-800.0,))
+    assert result.perplexity == math.inf
+    assert result.json_perplexity is None
+    assert LambadaResult((False,), (False,), (-math.inf,)).json_perplexity is None
+    assert NextTokens((False,), -800.0).perplexity == math.inf
+    finite = LambadaResult((True,), (True,), (-2.0,))
+    assert finite.json_perplexity == finite.perplexity == math.exp(2.0)
 
 
 def test_paired_difference_counts_documents():
