@@ -17,7 +17,7 @@ from ipex_sq.data.calibration import calibration_batches, choose_texts
 from ipex_sq.data.documents import Document, TextSet, check_disjoint
 from ipex_sq.data.lambada import default_calibration, load_lambada
 from ipex_sq.errors import ConfigError
-from ipex_sq.evaluation.lambada import LambadaResult, evaluate_lambada, warm_up
+from ipex_sq.evaluation.lambada import LambadaResult, check_documents, evaluate_lambada, warm_up
 from ipex_sq.evaluation.max_drop import Search, plan_within_drop
 from ipex_sq.evaluation.runs import (
     Outcome,
@@ -101,12 +101,13 @@ class Experiment:
         model, tokenizer = load_model(
             self._model.model_name_or_path, trust_remote_code=self._model.trust_remote_code
         )
+        documents = self._texts.evaluation.documents
+        check_documents(model, tokenizer, documents)
         if run.quant is None:
             ready, description = model.to(DTYPES[run.dtype]), float_description(run)
         else:
             quantized = self._quantize(model, tokenizer, run.quant)
             ready, description = quantized.model, int8_description(quantized, run.quant)
-        documents = self._texts.evaluation.documents
         start = time.perf_counter()
         warm_up(ready, tokenizer, documents, self._evaluation)
         first = time.perf_counter() - start

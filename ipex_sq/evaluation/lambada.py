@@ -171,6 +171,20 @@ def evaluate_lambada(
     return LambadaResult(words, tokens, logs)
 
 
+def check_documents(model: nn.Module, tokenizer: Any, documents: Sequence[Document]) -> None:
+    """Refuse documents that could not be scored, before the work.
+
+    Args:
+        model: Float or int8, as only its config is read.
+        tokenizer: The model's.
+        documents: Those to evaluate.
+
+    Raises:
+        DataError: See `encode_documents`.
+    """
+    _encode_for(model, documents, tokenizer)
+
+
 def warm_up(
     model: nn.Module, tokenizer: Any, documents: Sequence[Document], config: EvaluationConfig
 ) -> None:

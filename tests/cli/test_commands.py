@@ -112,6 +112,18 @@ def test_bad_texts(content, message, folder, tmp_path, capsys):
     assert message in fails(capsys, flags)
 
 
+def test_a_document_that_cannot_be_scored_is_refused_before_calibration(
+    folder, tmp_path, capsys, monkeypatch
+):
+    for name in ("calibrate", "quantize_model"):
+        monkeypatch.setattr(f"ipex_sq.evaluation.runs.{name}", lambda *_a, **_k: 1 / 0)
+    write(tmp_path / "last.jsonl", [*TEXTS[:2], " ".join(["cat"] * 200)])
+    flags = [*base_flags(folder), "--int8", "--backend", "native"]
+    flags[flags.index("--dataset") + 1] = str(tmp_path / "last.jsonl")
+    line = fails(capsys, flags)
+    assert "document 3 has 200 tokens, the model has 128 positions" in line
+
+
 def test_rows_used_twice(folder, capsys):
     flags = base_flags(folder)
     flags[5] = flags[3]
