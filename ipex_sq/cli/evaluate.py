@@ -95,6 +95,8 @@ def command(arguments: Sequence[str]) -> None:
         "classes": experiment.classes,
         "config": {"data": asdict(data), "evaluation": asdict(evaluation)},
     }
+    if experiment.label_mapping:
+        result["label_mapping"] = experiment.label_mapping
     show(classification_report(result), result, flags.output)
 
 

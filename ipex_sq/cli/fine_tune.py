@@ -61,7 +61,7 @@ def command(arguments: Sequence[str]) -> None:
     from ipex_sq.checkpoint.folders import check_writable, replace_folder
     from ipex_sq.data.documents import row_digests
     from ipex_sq.evaluation.runs import describe
-    from ipex_sq.models.finetuning import TRAINING, Labelled, fine_tune
+    from ipex_sq.models.finetuning import TRAINING, fine_tune
     from ipex_sq.system import provenance
 
     folder = _folder(flags)
@@ -73,10 +73,7 @@ def command(arguments: Sequence[str]) -> None:
         return
     check_writable(folder, TRAINING)
     sets = _reviews(flags)
-    training, validation = (
-        Labelled([r.text for r in texts.documents], [r.label for r in texts.documents])
-        for texts in sets
-    )
+    training, validation = (_labelled(texts.documents) for texts in sets)
     classifier, accuracies = fine_tune(flags.model, training, validation, config)
     result = {
         "model": flags.model,
@@ -98,6 +95,13 @@ def command(arguments: Sequence[str]) -> None:
     reached = ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies)
     table = f"{folder}: accuracy on {sets[1].name} after each epoch: {reached}"
     show(table, result, flags.output)
+
+
+def _labelled(reviews: Sequence[Any]) -> Any:
+    from ipex_sq.models.finetuning import Labelled
+
+    texts, labels = [item.text for item in reviews], [item.label for item in reviews]
+    return Labelled(texts, labels, reviews[0].names)
 
 
 def _folder(flags: argparse.Namespace) -> Path:

@@ -17,6 +17,9 @@ from ipex_sq.errors import DataError, unknown_name
 AMAZON = "amazon_polarity"
 REPOSITORY = "fancyzhx/amazon_polarity"
 SPLITS = {"calibration": "train", "evaluation": "test"}
+POLARITY = ("negative", "positive")
+"""What labels 0 and 1 of amazon_polarity and of the embedded reviews mean."""
+
 MOST_TRAINING_ROWS = 4096
 """Of the hub's 3.6 million: enough to draw calibration texts from and to fine-tune on."""
 
@@ -30,10 +33,13 @@ class Review:
     Attributes:
         text: What the model reads; for amazon_polarity title and content, a line each.
         label: Index of its class, as in the model's config.
+        names: Of the labels, by index, where the set says what they mean: then a model's classes
+            are found by name.
     """
 
     text: str
     label: int
+    names: tuple[str, ...] = ()
 
     @property
     def record(self) -> str:
@@ -96,7 +102,7 @@ def check_labels(reviews: Sequence[Review], classes: int) -> None:
 def _embedded(purpose: str) -> TextSet[Review]:
     file = resources.files("ipex_sq.data") / "texts" / EMBEDDED_FILES[purpose]
     with resources.as_file(file) as path:
-        return TextSet(EMBEDDED, purpose, read_rows(path, _review))
+        return TextSet(EMBEDDED, purpose, _named(read_rows(path, _review)))
 
 
 def _amazon(purpose: str) -> TextSet[Review]:
@@ -107,7 +113,11 @@ def _amazon(purpose: str) -> TextSet[Review]:
         _checked(f"{title}\n{content}", label, f"{REPOSITORY} {split} row {row}")
         for row, (title, content, label) in enumerate(columns)
     )
-    return TextSet(AMAZON, split, reviews)
+    return TextSet(AMAZON, split, _named(reviews))
+
+
+def _named(reviews: Sequence[Review]) -> tuple[Review, ...]:
+    return tuple(replace(review, names=POLARITY) for review in reviews)
 
 
 def _review(row: dict[str, Any], where: str) -> Review:

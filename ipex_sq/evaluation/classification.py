@@ -14,7 +14,7 @@ from ipex_sq.config import EvaluationConfig
 from ipex_sq.data.reviews import Review, check_labels
 from ipex_sq.errors import DataError, NumericalCheckError
 from ipex_sq.evaluation.pairing import standard_error
-from ipex_sq.models.classifier import Classifier
+from ipex_sq.models.classifier import Classifier, class_order
 from ipex_sq.models.running import run_model
 
 
@@ -23,8 +23,8 @@ class ClassificationResult:
     """Predictions of every review, in the order given.
 
     Attributes:
-        predicted: Class with the largest logit.
-        labels: The true class.
+        predicted: Label of the class with the largest logit.
+        labels: The true one.
         truncated: Reviews that were cut to the longest length.
     """
 
@@ -66,6 +66,23 @@ class ClassificationResult:
         return counts.tolist()  # type: ignore[no-any-return]
 
 
+def order_of(classifier: Classifier, reviews: Sequence[Review]) -> tuple[int, ...]:
+    """The model's class of each label: by name where the reviews name their labels, else as it is.
+
+    Raises:
+        DataError: No reviews, labels that the model does not have, or one class only.
+    """
+    if not reviews:
+        raise DataError("there are no reviews to evaluate")
+    sets = {review.names for review in reviews}
+    if len(sets) > 1:
+        raise DataError("some of the reviews name their labels, some do not: evaluate them apart")
+    names, classes = sets.pop(), classifier.classes
+    order = class_order(names, classes) if names else tuple(range(len(classes)))
+    check_labels(reviews, len(order))
+    return order
+
+
 def evaluate_classifier(
     classifier: Classifier,
     reviews: Sequence[Review],
@@ -77,7 +94,7 @@ def evaluate_classifier(
 
     Args:
         classifier: Model and tokenizer; the model float or int8.
-        reviews: With labels of the model's classes.
+        reviews: With labels of the model's classes, or with names of their labels (`order_of`).
         config: How they are batched.
         max_length: Longer ones are cut to so many tokens; None cuts at the model's positions.
 
@@ -85,11 +102,10 @@ def evaluate_classifier(
         DataError: No reviews, labels that the model does not have, or one class only.
         NumericalCheckError: The model produced logits that are not finite.
     """
-    if not reviews:
-        raise DataError("there are no reviews to evaluate")
-    check_labels(reviews, len(classifier.classes))
+    order = order_of(classifier, reviews)
     predicted, truncated = predict(classifier, reviews, config, max_length=max_length)
-    return ClassificationResult(predicted, tuple(review.label for review in reviews), truncated)
+    as_labels = tuple(order.index(found) for found in predicted)
+    return ClassificationResult(as_labels, tuple(review.label for review in reviews), truncated)
 
 
 def predict(

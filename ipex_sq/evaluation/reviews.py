@@ -17,7 +17,12 @@ from ipex_sq.data.calibration import calibration_batches, choose_texts
 from ipex_sq.data.documents import TextSet, check_disjoint, check_unseen, row_digests
 from ipex_sq.data.reviews import Review, load_reviews, training_reviews
 from ipex_sq.errors import DataError, UnsupportedModelError
-from ipex_sq.evaluation.classification import ClassificationResult, evaluate_classifier, predict
+from ipex_sq.evaluation.classification import (
+    ClassificationResult,
+    evaluate_classifier,
+    order_of,
+    predict,
+)
 from ipex_sq.evaluation.runs import (
     Outcome,
     Run,
@@ -110,7 +115,9 @@ class ReviewExperiment:
         self._evaluation = evaluation
         self._calibration: SharedCalibration | None = None
         self.classes: tuple[str, ...] = ()
-        """Names of the labels, known after a run."""
+        """The model's names of the labels, known after a run."""
+        self.label_mapping: dict[str, int] = {}
+        """The model's class of each label, where names gave another order than indexes."""
 
     def run(self, run: Run) -> Outcome:
         """Load, quantize where asked, and score one model."""
@@ -118,6 +125,7 @@ class ReviewExperiment:
         keep_freed_memory()
         check_training(self._model, self._texts.evaluation)
         classifier = load_classifier(self._model)
+        self._match(classifier)
         if run.quant is None:
             ready = replace(classifier, model=classifier.model.to(DTYPES[run.dtype]))
             return self._score(run.label, ready, float_description(run))
@@ -145,12 +153,24 @@ class ReviewExperiment:
         rows = plan.calibration.get("row_sha256", ())
         check_unseen(rows, self._texts.evaluation.documents, "calibrated")
         classifier = load_checkpoint(folder)
+        self._match(classifier)
         label = "int8" if plan.alpha is None else "int8+sq"
         return self._score(label, classifier, checkpoint_description(plan, manifest))
 
+    def _match(self, classifier: Classifier) -> None:
+        """Find the model's class of each label, before the work.
+
+        Raises:
+            DataError: See `order_of`.
+        """
+        reviews = self._texts.evaluation.documents
+        order = order_of(classifier, reviews)
+        self.classes = tuple(classifier.classes[index] for index in order)
+        if order != tuple(range(len(order))):
+            self.label_mapping = dict(zip(reviews[0].names, order, strict=True))
+
     def _score(self, label: str, classifier: Classifier, description: dict[str, Any]) -> Outcome:
         documents = self._texts.evaluation.documents
-        self.classes = classifier.classes
         most, few = self._data.max_length, documents[: self._evaluation.batch_size]
         start = time.perf_counter()
         # Untimed: here a backend compiles, once with padding and once without.

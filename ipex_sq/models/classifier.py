@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 UNTRAINED = "UNTRAINED HEAD"
 UNLIMITED = 2**30
+SHORTEST_NAME = 3
+"""Letters that names of a class have in common: neg, NEGATIVE."""
+
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 
 
@@ -56,6 +61,33 @@ class Classifier:
         """Names of the labels, by index."""
         config: Any = self.model.config
         return tuple(str(config.id2label[index]) for index in range(config.num_labels))
+
+
+def class_order(labels: Sequence[str], classes: Sequence[str]) -> tuple[int, ...]:
+    """The class of each label, by their names.
+
+    Args:
+        labels: Names of the labels of a data set, by index.
+        classes: Names of the classes of a head, by index. They match by the first letters in any
+            case, as heads say neg, NEGATIVE or Negative; a head without names of its own (LABEL_0,
+            or just 0) has the order of the labels.
+
+    Raises:
+        DataError: The classes are others than the labels, or more.
+    """
+    if len(classes) == len(labels):
+        plain = [re.fullmatch(r"(?:label[_ ]?)?(\d+)", name, re.IGNORECASE) for name in classes]
+        if all(found and int(found[1]) == index for index, found in enumerate(plain)):
+            return tuple(range(len(labels)))
+        starts = [label[:SHORTEST_NAME].lower() for label in labels]
+        named = [name.lower()[:SHORTEST_NAME] for name in classes]
+        if sorted(starts) == sorted(named):
+            return tuple(named.index(start) for start in starts)
+    raise DataError(
+        f"the model's classes are {', '.join(classes)}, the labels of these reviews "
+        f"{' and '.join(labels)}: pass a model of these classes, or --dataset FILE.jsonl with "
+        "labels that are indexes of the model's classes"
+    )
 
 
 def classifier_source(name_or_path: str) -> tuple[str, dict[str, Any]]:

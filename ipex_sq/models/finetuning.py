@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ipex_sq.config import EMBEDDED
 from ipex_sq.errors import ConfigError
-from ipex_sq.models.classifier import Classifier, load_classifier
+from ipex_sq.models.classifier import Classifier, class_order, load_classifier
 from ipex_sq.models.embedded_encoder import embedded_encoder_folder
 from ipex_sq.review_config import FineTuneConfig
 
@@ -26,10 +26,11 @@ LEAST_LABELS = 2
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts with the index of their class."""
+    """Texts with the index of their label, and the labels' names by index, where there are any."""
 
     texts: Sequence[str]
     labels: Sequence[int]
+    names: Sequence[str] = ()
 
 
 def fine_tune(
@@ -96,9 +97,11 @@ def _train(
 
 
 def _rows(classifier: Classifier, labelled: Labelled, max_length: int) -> Any:
+    classes = classifier.classes
+    order = class_order(labelled.names, classes) if labelled.names else range(len(classes))
     encoded = classifier.tokenizer(list(labelled.texts), truncation=True, max_length=max_length)
     return [
-        {**{name: encoded[name][row] for name in classifier.inputs}, "labels": label}
+        {**{name: encoded[name][row] for name in classifier.inputs}, "labels": order[label]}
         for row, label in enumerate(labelled.labels)
     ]
 

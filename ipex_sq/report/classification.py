@@ -45,6 +45,13 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _notes(result: dict[str, Any]) -> list[str]:
     notes = [result["problem"]] if result["problem"] else []
+    mapping = result.get("label_mapping")
+    if mapping:
+        named = ", ".join(
+            f"{label} is the model's class {index} ({name})"
+            for (label, index), name in zip(mapping.items(), result["classes"], strict=True)
+        )
+        notes.append(f"labels by name: {named}")
     if result["dataset_why"] != "asked for":
         notes.append(f"data: {result['dataset_why']}")
     calibration = result["calibration"]

@@ -1,6 +1,7 @@
 """fine-tune, generate-scales, quantize, evaluate, benchmark: they compose through files."""
 
 import json
+import shutil
 
 import pytest
 from conftest import TEXTS
@@ -90,6 +91,41 @@ def test_compare_scores_every_precision(place, capsys):
     assert labels == ["fp32", "bf16", "int8", "int8+sq"]
     assert result["classes"] == ["LABEL_0", "LABEL_1"]
     assert result["calibration"]["rows"] == 6
+
+
+def _with_classes(place, folder, classes):
+    """The tiny classifier with other names of its classes."""
+    shutil.copytree(place / "tiny-bert", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = dict(enumerate(classes))
+    config["label2id"] = {name: index for index, name in enumerate(classes)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return ["--model_path", str(folder), "--dataset", "embedded", "--limit", "40"]
+
+
+def test_a_head_in_another_order_is_read_by_its_names(place, tmp_path, capsys):
+    accuracies = []
+    for classes in (["negative", "positive"], ["POSITIVE", "NEGATIVE"]):
+        assert run(evaluate.command, _with_classes(place, tmp_path / classes[0], classes)) == 0
+        out = capsys.readouterr().out
+        result = json.loads(out.splitlines()[-1])
+        accuracies.append(result["results"][0]["accuracy"])
+        assert (
+            ("labels by name" in out) == ("label_mapping" in result) == (classes[0] == "POSITIVE")
+        )
+    assert result["label_mapping"] == {"negative": 1, "positive": 0}
+    assert result["classes"] == ["NEGATIVE", "POSITIVE"]
+    assert accuracies[0] + accuracies[1] == pytest.approx(1.0)  # one head, read both ways
+
+
+def test_a_head_of_other_classes_is_refused_before_calibration(
+    place, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("ipex_sq.evaluation.runs.calibrate", lambda *_a, **_k: 1 / 0)
+    monkeypatch.setattr("ipex_sq.evaluation.reviews.predict", lambda *_a, **_k: 1 / 0)
+    flags = _with_classes(place, tmp_path / "other", ["ham", "spam"])
+    line = fails(capsys, [*flags, "--compare", "--backend", "native"], evaluate.command)
+    assert "the model's classes are ham, spam" in line
 
 
 def test_rows_that_a_checkpoint_was_calibrated_on_are_refused(place, scales, capsys):

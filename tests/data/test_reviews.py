@@ -29,6 +29,15 @@ def test_embedded_reviews_are_many_balanced_hard_and_apart():
         seen |= sentences
 
 
+def test_built_in_sets_name_their_labels_and_local_files_do_not(tmp_path):
+    (review, *_) = load_reviews("embedded").documents
+    assert review.names[review.label] in ("negative", "positive")
+    assert review.record == f"{review.label}\t{review.text}"  # digests are those of before
+    path = tmp_path / "reviews.jsonl"
+    path.write_text('{"text": "good", "label": 1}\n')
+    assert load_reviews(str(path)).documents[0].names == ()
+
+
 def test_both_purposes_load_and_share_nothing():
     evaluation = load_reviews("embedded")
     training = training_reviews(evaluation)

@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import INT8_BACKENDS, TEXTS
 from sklearn import metrics  # lm-eval brings it, the library has no need
+from transformers import BertConfig
 
 from ipex_sq.backends.quantization import quantize
 from ipex_sq.config import EvaluationConfig, QuantConfig
 from ipex_sq.data.calibration import calibration_batches
-from ipex_sq.data.reviews import Review
+from ipex_sq.data.reviews import POLARITY, Review
 from ipex_sq.errors import DataError, NumericalCheckError
-from ipex_sq.evaluation.classification import ClassificationResult, evaluate_classifier
+from ipex_sq.evaluation.classification import ClassificationResult, evaluate_classifier, order_of
 from ipex_sq.models.classifier import Classifier
 from ipex_sq.models.tiny import tiny_model
 
@@ -100,6 +101,75 @@ def test_measures_agree_with_scikit_learn(classes):
         average = "binary" if classes == 2 else "macro"
         f1 = metrics.f1_score(pairs[1], pairs[0], average=average, zero_division=0.0)
         assert result.f1(classes) == pytest.approx(f1, rel=1e-12)
+
+
+class _Oracle(torch.nn.Module):
+    """Knows the right answers; only the order, the names and the number of its classes differ."""
+
+    def __init__(self, classes, answers):
+        super().__init__()
+        names = dict(enumerate(classes))
+        self.config = BertConfig(id2label=names, max_position_embeddings=128)
+        self._answers = answers
+
+    def forward(self, input_ids, attention_mask):
+        logits = torch.zeros(len(input_ids), self.config.num_labels)
+        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
+            logits[row, self._answers[tuple(ids[mask.bool()].tolist())]] = 1.0
+        return (logits,)
+
+
+def _oracle(classifier, classes, right):
+    """`right`: its class for label 0 and for label 1."""
+    tokenizer = copy.deepcopy(classifier.tokenizer)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    answers = {tuple(tokenizer(r.text)["input_ids"]): right[r.label] for r in REVIEWS}
+    return Classifier(_Oracle(classes, answers), tokenizer)
+
+
+NAMED = [replace(review, names=POLARITY) for review in REVIEWS]
+
+
+@pytest.mark.parametrize(
+    ("classes", "right"),
+    [
+        (["NEGATIVE", "POSITIVE"], (0, 1)),
+        (["POSITIVE", "NEGATIVE"], (1, 0)),
+        (["pos", "neg"], (1, 0)),
+        (["LABEL_0", "LABEL_1"], (0, 1)),
+        (["0", "1"], (0, 1)),
+    ],
+)
+def test_classes_are_found_by_the_names_of_the_labels(classes, right, classifier):
+    oracle = _oracle(classifier, classes, right)
+    result = evaluate_classifier(oracle, NAMED)
+    assert result.accuracy == 1.0
+    assert result.f1(2) == 1.0
+    assert order_of(oracle, NAMED) == right
+    # Labels without names are indexes of the model's classes.
+    assert evaluate_classifier(oracle, REVIEWS).accuracy == float(right == (0, 1))
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["negative", "neutral", "positive"],
+        ["LABEL_0", "LABEL_1", "LABEL_2"],
+        ["LABEL_1", "LABEL_0"],
+        ["ham", "spam"],
+        ["negative", "Negated"],
+    ],
+)
+def test_classes_that_are_not_the_labels_are_refused(classes, classifier):
+    oracle = _oracle(classifier, classes, (0, len(classes) - 1))
+    with pytest.raises(DataError, match=rf"{classes[0]}, .* negative and positive: pass"):
+        evaluate_classifier(oracle, NAMED)
+    assert evaluate_classifier(oracle, REVIEWS).labels  # by index it can be scored
+
+
+def test_reviews_with_and_without_names_are_not_mixed(classifier):
+    with pytest.raises(DataError, match="evaluate them apart"):
+        evaluate_classifier(classifier, [NAMED[0], REVIEWS[1]])
 
 
 def test_what_cannot_be_scored_is_refused(classifier):
