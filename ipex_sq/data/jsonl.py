@@ -16,14 +16,15 @@ def read_rows(path: Path, make: Callable[[dict[str, Any], str], Item]) -> tuple[
     """Read one item from every line that is not blank.
 
     Args:
-        path: UTF-8 text.
+        path: UTF-8 text, with or without a byte order mark; lines end in LF or CR LF.
         make: Called with the object and where it stands ("file:line"); it may refuse it.
 
     Raises:
         DataError: Missing or unreadable file, no row, or a malformed one.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also splits at characters that JSON strings may hold (U+2028).
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -43,6 +44,21 @@ def _object(line: str, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except ValueError as error:  # a number with thousands of digits
+        raise DataError(f"{where}: not JSON that can be read ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deeply") from error
+    if "\\u" in line and _has_surrogate(row):
+        raise DataError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character")
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}")
     return row
+
+
+def _has_surrogate(row: Any) -> bool:
+    """Whether a string in `row` cannot be written as UTF-8."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -24,10 +24,14 @@ BAD_LINES = {
     '{"text": "one"}': "one word",
     '{"context": "a b", "continuation": " "}': "empty",
     '{"context": "a b"}': 'needs "text"',
+    f'{{"text": "a b", "number": {"1" * 5000}}}': "not JSON that can be read",
+    f'{{"text": "a b", "deep": {"[" * 100_000}{"]" * 100_000}}}': "nested too deeply",
+    '{"text": "a b \\ud800"}': "surrogate",
+    '{"text": "a b", "\\udfff": 1}': "surrogate",
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
 def test_a_bad_line_is_named_by_file_and_number(line, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text(f'{{"text": "two words"}}\n\n{line}\n')
@@ -40,6 +44,21 @@ def test_both_row_forms_give_the_same_document(tmp_path):
     path.write_text('{"text": "a b c"}\n{"context": "a b", "continuation": "c"}\n')
     first, second = read_jsonl(path)
     assert first == second
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_only_line_feeds_end_a_line(separator, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(f'{{"text": "one two{separator}three four"}}\r\n{{"text": "a b"}}'.encode())
+    first, second = read_jsonl(path)
+    assert first.text == f"one two{separator}three four"
+    assert second.text == "a b"
+
+
+def test_a_byte_order_mark_and_escaped_pairs_are_read(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a b \\ud83d\\ude00"}\n')
+    assert read_jsonl(path)[0].text == "a b \U0001f600"
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
