@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +17,7 @@ from ipex_sq.config import GPTQ, MIXED, NEAREST, STATIC, QuantConfig
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.calibration import calibrate, clipped_ranges
 from ipex_sq.models.folding import apply_smoothing
+from ipex_sq.models.readiness import prepare_float
 from ipex_sq.models.rounding import round_weights
 from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.batching import Batch
@@ -140,21 +141,22 @@ def rounding_of(config: QuantConfig, backend: Backend, stats: ActStats) -> Round
 
 def quantize(
     model: nn.Module,
-    batches: Sequence[Batch] | ActStats,
+    batches: Iterable[Batch] | ActStats,
     config: QuantConfig = QuantConfig(),  # noqa: B008
 ) -> nn.Module:
-    """Quantize `model`, which is consumed, and return the int8 model.
+    """Quantize `model`, which is consumed, and return the int8 model, in eval mode.
 
     The plan that it executes is its attribute `quant_plan`.
 
     Args:
-        model: Float model in fp32.
-        batches: Calibration batches, or statistics already gathered.
+        model: Float model in fp32; it is put in eval mode first.
+        batches: Calibration batches (a generator too), or statistics already gathered.
         config: The recipe and the backend.
 
     Raises:
         BackendUnavailableError: The backend cannot run here.
-        ConfigError: The observer or the backend needs batches and got statistics.
+        ConfigError: The observer or the backend needs batches and got statistics; the model is in
+            bf16 or fp16.
         CalibrationError, NumericalCheckError, UnsupportedModelError: see `calibrate` and
             `apply_smoothing`.
     """
@@ -163,7 +165,7 @@ def quantize(
 
 def quantize_model(
     model: nn.Module,
-    batches: Sequence[Batch] | ActStats,
+    batches: Iterable[Batch] | ActStats,
     config: QuantConfig,
     *,
     source: Mapping[str, Any] | None = None,
@@ -181,6 +183,9 @@ def quantize_model(
             "max_drop is measured on documents: use eval_lambada.py, or pass the plan of "
             "evaluation.max_drop.plan_within_drop"
         )
+    prepare_float(model)
+    if not isinstance(batches, ActStats):
+        batches = list(batches)  # an observer reads them twice
     if isinstance(choice.backend, IncBackend):
         return _quantize_with_inc(choice.backend, model, batches, config)
     return _quantize_with_plan(choice, model, batches, _Settings(config, dtype, source, decided))

@@ -21,9 +21,10 @@ from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import smoothed_linear
 from ipex_sq.models.identity import model_sha256, tokenizer_sha256
 from ipex_sq.models.onednn import calibration_dtype, fits_packed, onednn_linears
+from ipex_sq.models.readiness import check_linears, prepare_float
 from ipex_sq.models.running import run_body, run_model
 from ipex_sq.models.sampling import sample_groups, set_apart
-from ipex_sq.models.topology import find_topology
+from ipex_sq.models.topology import find_topology, quantizable_linears
 from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.batching import Batch, without_padding
 from ipex_sq.recipe.gptq import (
@@ -52,8 +53,7 @@ def calibrate(
     """Run the float model over `batches` and record what its Linears are fed.
 
     Args:
-        model: Float model; it computes what it did (Conv1D modules, GPT-2's transposed Linears,
-            become Linears).
+        model: In fp32; put in eval mode, and GPT-2's transposed Linears (Conv1D) become Linears.
         batches: Texts; padding is taken out first (`without_padding`).
         source: Where the texts came from, kept with the statistics.
         samples: Also run a few texts backward, as the search of alpha needs (`add_samples`).
@@ -62,11 +62,12 @@ def calibrate(
 
     Raises:
         CalibrationError: No batches, a mask with holes, a Linear never reached, a value not finite.
+        ConfigError: A model in bf16 or fp16.
         UnsupportedModelError: Nothing to quantize.
     """
     start = time.perf_counter()
     rows = without_padding(batches)
-    convert_conv1d(model)
+    _prepare(model, lm_head=lm_head)
     example = {key: value[:1] for key, value in rows[0].items()}
     short = {key: value[:, :PROBED_TOKENS] for key, value in example.items()}
     topology = find_topology(model, [short, *rows], lm_head=lm_head)
@@ -90,6 +91,12 @@ def calibrate(
         head=topology.head,
     )
     return add_samples(model, stats, rows) if samples else stats
+
+
+def _prepare(model: nn.Module, *, lm_head: bool = False) -> None:
+    prepare_float(model)
+    convert_conv1d(model)
+    check_linears(quantizable_linears(model, lm_head=lm_head)[0])
 
 
 @dataclass(frozen=True)
@@ -179,12 +186,14 @@ def stats_from_scales(model: nn.Module, scales: Scales, tokenizer: Any) -> ActSt
     """The statistics of a scales file, for the model that they were gathered on.
 
     Args:
-        model: Float model; Conv1D modules become Linears.
+        model: Float model in fp32, put in eval mode; Conv1D modules become Linears.
         scales: From `scales_from_json`.
         tokenizer: The model's.
 
     Raises:
         CheckpointError: They are of another model or tokenizer.
+        CalibrationError: A weight or a bias is not finite.
+        ConfigError: A model in bf16 or fp16.
     """
     for kind, found, here in (
         ("model", scales.model, model_sha256(model)),
@@ -195,7 +204,7 @@ def stats_from_scales(model: nn.Module, scales: Scales, tokenizer: Any) -> ActSt
                 f"the scales are of another {kind} than this one (of {scales.model.get('name')}, "
                 f"whose digest differs): make them again with generate-scales"
             )
-    convert_conv1d(model)
+    _prepare(model)
     topology = find_topology(model, [scales.example])
     missing = [name for name in topology.readers if name not in scales.linears]
     if missing:
