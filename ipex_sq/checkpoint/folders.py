@@ -1,12 +1,9 @@
-"""The folder of a checkpoint: is it ours to write, and how it is replaced as a whole."""
+"""The folder of a checkpoint: is it ours to write, and what its manifest says."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,29 +52,6 @@ def check_writable(folder: Path, marker: str = MANIFEST) -> None:
         tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent).cleanup()
     except OSError as error:
         raise ConfigError(f"--output_dir {folder} is not writable: {error.strerror}") from error
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None], marker: str = MANIFEST) -> None:
-    """Fill a scratch folder by `write` and put it in the place of `folder` in one rename.
-
-    A killed run leaves the old folder or the new one.
-
-    Raises:
-        ConfigError: See `check_writable`.
-    """
-    check_writable(folder, marker)
-    parent = folder.absolute().parent
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
-    old = scratch.with_name(f"{scratch.name}-old")
-    try:
-        write(scratch)
-        scratch.chmod(0o755)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:

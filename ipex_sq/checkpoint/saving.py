@@ -29,11 +29,11 @@ from ipex_sq.checkpoint.folders import (
     FORMAT_VERSION,
     QUANT_METHOD,
     read_manifest,
-    replace_folder,
     write_manifest,
 )
 from ipex_sq.checkpoint.integrity import check_file, check_folder, check_transformers, digests
 from ipex_sq.checkpoint.plans import load_plan, save_plan
+from ipex_sq.checkpoint.replacing import replace_folder
 from ipex_sq.checkpoint.shards import MAX_SHARD_SIZE, Shards, write_shards
 from ipex_sq.errors import CheckpointError, ConfigError
 from ipex_sq.kernels.int8_linear import Int8Linear
@@ -67,10 +67,12 @@ def save(
 ) -> Path:
     """Write an int8 model of `quantize` to `folder`, replacing an earlier one of ours.
 
+    Files in the folder that we did not write are kept.
+
     Args:
         model: From the native or the ipex backend.
         folder: Made where it is missing.
-        tokenizer: Saved beside it where given.
+        tokenizer: Saved beside it; without one, that of an earlier checkpoint there is kept.
         made_from: What the float model was, kept in the manifest; of a loaded model, by default
             what its own checkpoint says.
         max_shard_size: Bytes, or "200MB"; larger weights become several files and an index.

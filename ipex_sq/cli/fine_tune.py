@@ -58,7 +58,8 @@ def command(arguments: Sequence[str]) -> None:
     config = build(FineTuneConfig, flags)
     check_output(flags.output)
 
-    from ipex_sq.checkpoint.folders import check_writable, replace_folder
+    from ipex_sq.checkpoint.folders import check_writable
+    from ipex_sq.checkpoint.replacing import replace_folder
     from ipex_sq.data.documents import row_digests
     from ipex_sq.evaluation.runs import describe
     from ipex_sq.models.finetuning import TRAINING, fine_tune

@@ -47,7 +47,7 @@ def command(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{folder} exists and is not empty: name another folder")
     check_output(flags.output)
 
-    from ipex_sq.checkpoint.folders import replace_folder
+    from ipex_sq.checkpoint.replacing import replace_folder
     from ipex_sq.data.calibration import calibration_batches
     from ipex_sq.data.lambada import load_lambada
     from ipex_sq.models.loading import load_model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipex_sq.backends.base import DTYPES
-from ipex_sq.checkpoint.folders import replace_folder
+from ipex_sq.checkpoint.replacing import replace_folder
 from ipex_sq.checkpoint.shards import shard_names, write_index, write_safetensors
 from ipex_sq.errors import ConfigError, ResourceError
 from ipex_sq.models.loading import float_skeleton, load_tokenizer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.backends.native import cast_float, int8_linear
+from ipex_sq.checkpoint.replacing import link_or_copy
 from ipex_sq.checkpoint.saving import stored_tensors, write_folder
 from ipex_sq.checkpoint.shards import shard_names, write_index, write_safetensors
 from ipex_sq.models.body import logits_at
@@ -97,7 +96,7 @@ def write_checkpoint(
         blocks = findings.model.blocks
         files = shard_names(len(blocks) + 1)
         for index, file in enumerate(files[:-1]):
-            _place(journal.folder / _step(index) / "block.safetensors", folder / file)
+            link_or_copy(journal.folder / _step(index) / "block.safetensors", folder / file)
         outside = {
             name: tensor
             for name, tensor in stored_tensors(model).items()
@@ -151,11 +150,3 @@ def _named(path: str, module: nn.Module) -> dict[str, Tensor]:
 
 def _step(index: int) -> str:
     return f"write-{index:05d}"
-
-
-def _place(source: Path, target: Path) -> None:
-    """The same file in two folders where the disk can, else a copy: the run may yet be killed."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

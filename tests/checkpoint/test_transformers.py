@@ -338,3 +338,15 @@ def test_the_card_says_what_the_model_is(saved):
     assert "14 static int8, 0 int8 with inputs rounded per token, 1 float (1 output head)" in card
     assert "SmoothQuant, alpha 0.5" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
+
+
+def test_saving_over_its_own_folder_loses_nothing(saved, tokenizer, unseen, tmp_path):
+    folder = save(saved[0], tmp_path / "int8", tokenizer, max_shard_size=SHARDS)
+    (folder / "notes.txt").write_text("mine")
+    names = {path.name for path in folder.iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=SHARDS)
+    assert {path.name for path in folder.iterdir()} == names
+    AutoTokenizer.from_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits_of(again, unseen), logits_of(model, unseen))
