@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ipex_sq.checkpoint.disk import SAVE_AGAIN, disk_errors, link_or_copy, make_durable
 from ipex_sq.checkpoint.folders import CONFIG, MANIFEST, PLAN_JSON, check_writable
+from ipex_sq.errors import ResourceError
 
 TOKENIZER_FILES = frozenset(
     (
@@ -45,37 +48,78 @@ _OURS = frozenset(
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None], marker: str = MANIFEST) -> None:
-    """Fill a scratch folder by `write` and put it in the place of `folder` in one rename.
+def replace_folder(
+    folder: Path,
+    write: Callable[[Path], None],
+    marker: str = MANIFEST,
+    *,
+    advice: str = SAVE_AGAIN,
+) -> None:
+    """Fill a scratch folder by `write`, make it durable and put it in the place of `folder`.
 
-    A killed run leaves the old folder or the new one. What the old one holds and we did not write
+    Whatever is raised on the way leaves the old folder. What the old one holds and we did not write
     (notes, subfolders, a tokenizer where `write` writes none) is in the new one too.
+
+    Args:
+        folder: Or a link to it, which stays one.
+        write: Is given the folder to write into.
+        marker: See `check_writable`.
+        advice: What to do where the disk is full.
 
     Raises:
         ConfigError: See `check_writable`.
+        ResourceError: The disk is full, or `folder` was changed by another process meanwhile.
     """
     check_writable(folder, marker)
-    parent = folder.absolute().parent
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
-    old = scratch.with_name(f"{scratch.name}-old")
+    place = folder.resolve()
+    # Made here and not by tempfile: it and what is written into it get the user's umask.
+    scratch = place.with_name(f".{place.name}-{secrets.token_hex(4)}")
     try:
-        write(scratch)
-        _carry_over(folder, scratch)
-        scratch.chmod(0o755)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(scratch, folder)
+        with disk_errors(folder, advice):
+            scratch.mkdir()
+            write(scratch)
+            _carry_over(place, scratch)
+            for path in (*scratch.rglob("*"), scratch):
+                if not path.is_symlink() and (path.is_file() or path.is_dir()):
+                    make_durable(path)
+        _swap(scratch, place)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """The same file in two folders where the disk can, else a copy; links stay links."""
+def _swap(scratch: Path, place: Path) -> None:
+    """Put `scratch` in the place of `place`, whose old content goes only when that is done.
+
+    Raises:
+        ResourceError: It cannot be put there.
+    """
+    old = scratch.with_name(f"{scratch.name}-old")
     try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
+        if place.exists():
+            os.replace(place, old)
+        os.replace(scratch, place)
+    except OSError as error:
+        left = "" if _put_back(old, place) else f"; what it held before is in {old}"
+        raise ResourceError(
+            f"{place} cannot be replaced ({error.strerror}), another process may have written "
+            f"it: save to another folder{left}"
+        ) from error
+    except BaseException:
+        if scratch.exists():
+            _put_back(old, place)
+        raise
+    finally:
+        if not scratch.exists():
+            shutil.rmtree(old, ignore_errors=True)
+    make_durable(place.parent)
+
+
+def _put_back(old: Path, place: Path) -> bool:
+    """Whether nothing is left of `old` to be put back."""
+    with contextlib.suppress(OSError):  # another process has filled the place
+        if old.exists():
+            os.replace(old, place)
+    return not old.exists()
 
 
 def _carry_over(old: Path, new: Path) -> None:

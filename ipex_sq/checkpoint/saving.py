@@ -23,6 +23,7 @@ from ipex_sq.backends.ipex import (
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.checkpoint.card import model_card
+from ipex_sq.checkpoint.disk import SAVE_AGAIN
 from ipex_sq.checkpoint.folders import (
     COMPRESSED_TENSORS,
     CONFIG,
@@ -82,6 +83,7 @@ def save(
 
     Raises:
         ConfigError: The folder is not ours to write, or the model is of another backend.
+        ResourceError: The disk is full; the folder is as before.
     """
     target = Path(folder)
     plan = getattr(model, "quant_plan", None)
@@ -108,6 +110,7 @@ def write_folder(
     origin: Mapping[str, Any],
     write_weights: Callable[[Path], None],
     layout: Mapping[str, Any] | None = None,
+    advice: str = SAVE_AGAIN,
 ) -> None:
     """Write everything of a checkpoint, weights by `write_weights`, as a whole or not at all.
 
@@ -118,9 +121,11 @@ def write_folder(
         origin: What the float model was.
         write_weights: Is given the folder to write into.
         layout: `quantization_config` of another program's format, which is not ours to load.
+        advice: What to do where the disk is full.
 
     Raises:
         ConfigError: The folder is not ours to write.
+        ResourceError: The disk is full; the folder is as before.
     """
     plan, kind = model.quant_plan, _kind(model) or NativeBackend.name
     assert isinstance(plan, QuantPlan)  # noqa: S101
@@ -138,7 +143,7 @@ def write_folder(
         (scratch / "README.md").write_text(card, encoding="utf-8")
         write_manifest(scratch, manifest)
 
-    replace_folder(target, write)
+    replace_folder(target, write, advice=advice)
 
 
 def load(folder: str | Path) -> nn.Module:

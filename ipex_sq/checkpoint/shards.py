@@ -21,10 +21,12 @@ MAX_SHARD_SIZE = "5GB"
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one file, which everybody may read: safetensors makes it its owner's alone."""
+    """Write one file with the user's umask: safetensors makes it its owner's alone."""
     held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
     save_file(held, path, metadata={"format": "pt"})
-    path.chmod(0o644)
+    path.chmod(mode)
 
 
 def write_shards(

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ipex_sq.checkpoint.disk import RESUME, disk_errors, make_durable
 from ipex_sq.checkpoint.shards import write_safetensors
-from ipex_sq.errors import CheckpointError, ConfigError, ResourceError
+from ipex_sq.errors import CheckpointError, ConfigError
 
 IDENTITY = "identity.json"
 UNFINISHED = ".unfinished"
@@ -70,12 +71,12 @@ class Journal:
                 )
             self._compare(json.loads(written.read_text(encoding="utf-8")), wanted)
         else:
-            with disk_errors(self.folder):
+            with disk_errors(self.folder, RESUME):
                 shutil.rmtree(self.folder, ignore_errors=True)  # killed before it had begun
                 self.folder.mkdir(parents=True)
                 scratch = self.folder / f"{IDENTITY}{UNFINISHED}"
                 scratch.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-                _make_durable(scratch)
+                make_durable(scratch)
                 os.replace(scratch, written)
         for left in self.folder.glob(f"*{UNFINISHED}"):
             shutil.rmtree(left, ignore_errors=True)
@@ -92,14 +93,14 @@ class Journal:
             ResourceError: The disk is full.
         """
         scratch = self.folder / f"{name}{UNFINISHED}"
-        with disk_errors(self.folder):
+        with disk_errors(self.folder, RESUME):
             scratch.mkdir()
             yield scratch
             for path in scratch.iterdir():
-                _make_durable(path)
-            _make_durable(scratch)
+                make_durable(path)
+            make_durable(scratch)
             os.replace(scratch, self.folder / name)
-            _make_durable(self.folder)
+            make_durable(self.folder)
 
     def tensors(self, step: str, file: str) -> dict[str, Tensor]:
         """What `write_tensors` has written in a step.
@@ -166,25 +167,3 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read ({error}): remove {path.parent}, then --resume")
-
-
-def _make_durable(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Failing writes as one of our errors."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and "No space" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ResourceError(
-            f"{folder} cannot be written ({reason}): free space and go on with --resume"
-        ) from error

@@ -17,7 +17,6 @@ from ipex_sq.checkpoint.shards import shard_names, write_index, write_safetensor
 from ipex_sq.errors import ConfigError, ResourceError
 from ipex_sq.models.loading import float_skeleton, load_tokenizer
 from ipex_sq.models.shapes import is_classifier_shape, shape_config
-from ipex_sq.streaming.journal import disk_errors
 
 
 def write_random_weights(
@@ -46,8 +45,7 @@ def write_random_weights(
     def write(scratch: Path) -> None:
         written.update(_write(shape, scratch, dtype=dtype, seed=seed, shard_bytes=shard_bytes))
 
-    with disk_errors(folder):
-        replace_folder(folder, write)
+    replace_folder(folder, write)
     return written
 
 

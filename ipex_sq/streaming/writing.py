@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.backends.native import cast_float, int8_linear
-from ipex_sq.checkpoint.replacing import link_or_copy
+from ipex_sq.checkpoint.disk import RESUME, link_or_copy
 from ipex_sq.checkpoint.saving import stored_tensors, write_folder
 from ipex_sq.checkpoint.shards import shard_names, write_index, write_safetensors
 from ipex_sq.models.body import logits_at
@@ -85,6 +85,9 @@ def write_checkpoint(
         target: The folder.
         tokenizer: Saved in it.
         origin: What the float model was, for the manifest.
+
+    Raises:
+        ResourceError: The disk is full; the journal keeps all blocks.
     """
     model, journal = findings.model.model, findings.journal
     dtype = journal.facts(PLAN, "facts")["dtype"]
@@ -105,7 +108,9 @@ def write_checkpoint(
         write_safetensors(outside, folder / files[-1])
         write_index(folder, files)
 
-    write_folder(model, target, tokenizer, origin=origin, write_weights=write_weights)
+    write_folder(
+        model, target, tokenizer, origin=origin, write_weights=write_weights, advice=RESUME
+    )
 
 
 def _plan(findings: Findings, texts: Mapping[str, Any], dtype: str) -> QuantPlan:

@@ -1,9 +1,17 @@
 """A folder is replaced as a whole, and nothing in it that we did not write is lost."""
 
+import errno
 import json
+import os
 
+import pytest
+import torch
+
+from ipex_sq.checkpoint import replacing
 from ipex_sq.checkpoint.folders import MANIFEST
 from ipex_sq.checkpoint.replacing import replace_folder
+from ipex_sq.checkpoint.shards import write_safetensors
+from ipex_sq.errors import ConfigError, ResourceError
 
 
 def _files(folder):
@@ -66,3 +74,106 @@ def test_a_damaged_manifest_does_not_cost_files(tmp_path):
         (folder / "notes.txt").write_text(text)
         replace_folder(folder, _writer(model_safetensors="new"))
         assert (folder / "notes.txt").read_text() == text
+
+
+def _failing(count, error, before=lambda: None):
+    """`os.replace` that calls `before` and raises `error` at its call number `count`."""
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(source)
+        if len(calls) == count:
+            before()
+            raise error
+        real(source, target)
+
+    return replace
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EBUSY, "busy")])
+def test_an_interrupted_swap_leaves_the_old_folder(error, count, tmp_path, monkeypatch):
+    folder = _write_old(tmp_path / "out")
+    before = _files(folder)
+    monkeypatch.setattr(replacing.os, "replace", _failing(count, error))
+    raised = ResourceError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(raised):
+        replace_folder(folder, _writer(model_safetensors="new"))
+    assert _files(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_writer_costs_nothing_that_was_there(tmp_path, monkeypatch):
+    folder = _write_old(tmp_path / "out")
+    (folder / "notes.txt").write_text("mine")
+
+    def other():
+        folder.mkdir()
+        (folder / MANIFEST).write_text("of the other")
+
+    error = OSError(errno.ENOTEMPTY, "Directory not empty")
+    monkeypatch.setattr(replacing.os, "replace", _failing(2, error, other))
+    with pytest.raises(ResourceError, match=r"not empty.*what it held before is in .*-old"):
+        replace_folder(folder, _writer(model_safetensors="new"))
+    assert _files(folder) == {MANIFEST: "of the other"}
+    (old,) = tmp_path.glob(".out-*-old")
+    assert _files(old)["notes.txt"] == "mine"
+
+
+def test_files_are_on_the_disk_before_the_swap(tmp_path, monkeypatch):
+    events = []
+    real = os.replace
+    monkeypatch.setattr(replacing, "make_durable", lambda path: events.append(path.name))
+    monkeypatch.setattr(
+        replacing.os, "replace", lambda *names: (events.append("swap"), real(*names))
+    )
+    replace_folder(tmp_path / "out", _writer(model_safetensors="new"))
+    swap = events.index("swap")
+    assert {"model.safetensors", MANIFEST} < set(events[:swap])
+    assert events[swap + 1 :] == [tmp_path.name]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        Exception("No space left on device (os error 28)"),  # tokenizers raises no other
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_the_old_folder(error, tmp_path):
+    folder = _write_old(tmp_path / "out")
+    before = _files(folder)
+
+    def write(_folder):
+        raise error
+
+    with pytest.raises(ResourceError, match=r"out cannot be written \(No space.*save again"):
+        replace_folder(folder, write)
+    with pytest.raises(ResourceError, match="--resume"):
+        replace_folder(folder, write, advice="go on with --resume")
+    assert _files(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    def write(_folder):
+        raise ConfigError("no such thing")
+
+    with pytest.raises(ConfigError, match="no such thing"):
+        replace_folder(tmp_path / "out", write)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_modes_come_from_the_umask(mask, tmp_path):
+    def write(folder):
+        write_safetensors({"a": torch.zeros(2)}, folder / "model.safetensors")
+        (folder / MANIFEST).write_text("{}")
+
+    before = os.umask(mask)
+    try:
+        replace_folder(tmp_path / "out", write)
+    finally:
+        os.umask(before)
+    folder = tmp_path / "out"
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}

@@ -138,7 +138,7 @@ class _KilledError(BaseException):
 
 def _killed_after(count, monkeypatch):
     """Let a run die when it has made `count` files of a step durable, one in the middle of it."""
-    real, seen = journal._make_durable, []
+    real, seen = journal.make_durable, []
 
     def make_durable(path):
         seen.append(path)
@@ -146,7 +146,7 @@ def _killed_after(count, monkeypatch):
             raise _KilledError
         real(path)
 
-    monkeypatch.setattr(journal, "_make_durable", make_durable)
+    monkeypatch.setattr(journal, "make_durable", make_durable)
 
 
 def test_a_run_killed_anywhere_ends_in_the_same_files(written, batches, tmp_path, monkeypatch):
