@@ -32,7 +32,7 @@ class StreamedModel:
 
     Attributes:
         model: As transformers builds it; parameters of blocks with more than one dimension are on
-            the meta device.
+            the meta device. Persistent buffers count as parameters.
         blocks: Module paths of the blocks, in order of execution.
         weights: Where the parameters come from.
         linears: Those of the blocks that may become int8, by path.
@@ -55,7 +55,8 @@ class StreamedModel:
         self.blocks = _block_paths(self.model, self.linears)
         self.weights = FloatWeights(folder, self.model, transposed)
         self.gives_tuples = False
-        self._meta = sizes = dict(self.model.named_parameters())
+        state = self.model.state_dict(keep_vars=True)
+        self._meta = sizes = {name: state[name] for name in self.weights.tied}
         self._own = {
             path: [name for name in sizes if name.startswith(f"{path}.")] for path in self.blocks
         }
@@ -177,18 +178,24 @@ class StreamedModel:
 
     def _fill(self, names: Iterable[str], *, check: bool = False) -> None:
         for name in names:
-            parameter = nn.Parameter(self.weights.read(name, check=check), requires_grad=False)
+            weight = self.weights.read(name, check=check)
+            if isinstance(self._meta[name], nn.Parameter):
+                weight = nn.Parameter(weight, requires_grad=False)
             for place in (name, *self.weights.tied[name]):
-                self._set(place, parameter)
+                self._set(place, weight)
 
     def _empty(self, names: Iterable[str]) -> None:
         for name in names:
             for place in (name, *self.weights.tied[name]):
                 self._set(place, self._meta[name])
 
-    def _set(self, name: str, parameter: nn.Parameter) -> None:
+    def _set(self, name: str, weight: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
-        self.model.get_submodule(owner)._parameters[leaf] = parameter
+        module = self.model.get_submodule(owner)
+        if isinstance(weight, nn.Parameter):
+            module._parameters[leaf] = weight
+        else:
+            module._buffers[leaf] = weight
 
 
 def _block_paths(model: nn.Module, linears: Iterable[str]) -> list[str]:

@@ -19,8 +19,11 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 class FloatWeights:
     """Weights by the names that the model gives them, in fp32.
 
+    Persistent buffers are weights too: some models keep what training has found in them (Gemma 4's
+    `layer_scalar`, the router of DeepSeek-V3).
+
     Attributes:
-        tied: Other names of the same parameter, by its first name.
+        tied: Other names of the same weight, by its first name.
     """
 
     def __init__(self, folder: Path, model: nn.Module, transposed: Iterable[str]) -> None:
@@ -39,9 +42,9 @@ class FloatWeights:
         self._transposed = frozenset(transposed)
         same: dict[int, list[str]] = defaultdict(list)
         shapes = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            same[id(parameter)].append(name)
-            shapes[name] = tuple(parameter.shape)
+        for name, weight in model.state_dict(keep_vars=True).items():
+            same[id(weight)].append(name)
+            shapes[name] = tuple(weight.shape)
         self.tied = {names[0]: tuple(names[1:]) for names in same.values()}
         names = loaded_names(model, self._shards.shapes)
         prefix = f"{model.base_model_prefix}."
@@ -60,9 +63,9 @@ class FloatWeights:
                 raise CheckpointError(f"{folder}: {name!r} has not the shape that config.json says")
 
     def read(self, name: str, *, check: bool = False) -> Tensor:
-        """The parameter `name` (the first name of a tied one); its file is unmapped again.
+        """The weight `name` (the first name of a tied one); its file is unmapped again.
 
-        `check`: also whether it is finite.
+        Whole numbers, which a buffer may hold, stay as they are. `check`: also whether it is finite.
 
         Raises:
             CheckpointError: A file cannot be read.
@@ -71,8 +74,9 @@ class FloatWeights:
         stored = self._stored[name]
         tensor = self._shards.named([stored])[stored]
         tensor = tensor.t() if name in self._transposed else tensor
-        found = tensor.to(torch.float32, copy=True).contiguous()
-        if check:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        found = tensor.to(dtype, copy=True).contiguous()
+        if check and found.is_floating_point():
             check_finite_weight(name, found)
         return found
 

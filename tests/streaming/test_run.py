@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from ipex_sq.backends.quantization import quantize_model
 from ipex_sq.checkpoint.saving import load, save
-from ipex_sq.checkpoint.shards import Shards
+from ipex_sq.checkpoint.shards import Shards, write_safetensors
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import (
     CheckpointError,
@@ -130,6 +130,51 @@ def test_the_folder_runs(written, batches, unseen, tmp_path):
         logits_of(_in_memory(written("llama"), batches, NATIVE).model, unseen),
     )
     assert not list(tmp_path.glob(".*")), "what was kept on the way is still there"
+
+
+@pytest.fixture
+def scaled(written, tmp_path, monkeypatch):
+    """A llama whose second norms have a factor in a persistent buffer, as a Gemma 4 block does."""
+    from transformers.models.llama import modeling_llama
+
+    class Scaled(modeling_llama.LlamaMLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("factor", torch.ones(1))
+            self.register_buffer("table", torch.ones(2, 2))
+            self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x):
+            return super().forward(x) * self.factor * self.table[1, 0] * self.count
+
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", Scaled)
+    folder = tmp_path / "float"
+    shutil.copytree(written("llama"), folder)
+    buffers = {"factor": torch.full((1,), 0.5), "table": torch.full((2, 2), 3.0)}
+    buffers["count"] = torch.tensor(2)
+    tensors = {name: tensor.clone() for name, tensor in Shards(folder).read().items()}
+    for layer in range(2):
+        tensors |= {f"model.layers.{layer}.mlp.{n}": t.clone() for n, t in buffers.items()}
+    write_safetensors(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_persistent_buffers_are_weights(scaled, batches, tmp_path):
+    config = replace(NATIVE, alpha=0.5, dtype="fp32")
+    model = _in_memory(scaled, batches, config)
+    streamed = quantize_folder(scaled, tmp_path / "out", batches, config, texts=TEXTS)
+    assert plan_to_json(streamed.plan) == plan_to_json(model.plan)
+    found = Shards(tmp_path / "out").read("model.layers.1.mlp.")
+    assert (found["factor"].item(), found["count"].item()) == (0.5, 2)
+    assert found["table"][1, 0] == 3
+
+
+def test_a_persistent_buffer_that_the_files_lack_is_named(scaled, batches, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in Shards(scaled).read().items()}
+    del tensors["model.layers.1.mlp.factor"]
+    write_safetensors(tensors, scaled / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no tensor that is 'model\.layers\.1\.mlp\.factor'"):
+        quantize_folder(scaled, tmp_path / "out", batches, NATIVE)
 
 
 class _KilledError(BaseException):
