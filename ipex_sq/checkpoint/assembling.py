@@ -43,6 +43,7 @@ class SavedModel:
     """A verified checkpoint of the native backend.
 
     Attributes:
+        folder: Where it is.
         manifest: Of the folder.
         plan: What the model executes.
     """
@@ -61,7 +62,7 @@ class SavedModel:
                 "ipex_sq.load"
             )
         self.plan = load_plan(folder)
-        self._folder = folder
+        self.folder = folder
         self._shards = Shards(folder)
 
     def prepare(self, model: nn.Module) -> None:
@@ -72,7 +73,7 @@ class SavedModel:
         """
         wanted, got = self.manifest["architecture"], type(model).__name__
         if wanted != got:
-            raise CheckpointError(f"{self._folder} holds a {wanted}, it cannot be loaded as {got}")
+            raise CheckpointError(f"{self.folder} holds a {wanted}, it cannot be loaded as {got}")
         convert_conv1d(model)
         state = model.state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -151,5 +152,5 @@ class SavedModel:
 
     def _misfit(self, names: list[str]) -> CheckpointError:
         return CheckpointError(
-            f"{self._folder} does not fit its config or lacks a tensor: {', '.join(names[:3])}"
+            f"{self.folder} does not fit its config or lacks a tensor: {', '.join(names[:3])}"
         )

@@ -5,7 +5,9 @@ Imported by `ipex_sq.registration` in the middle of importing transformers: ligh
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ipex_sq.checkpoint.folders import FORMAT_VERSION, QUANT_METHOD
+from ipex_sq.checkpoint.folders import FORMAT_VERSION, MANIFEST, QUANT_METHOD
 from ipex_sq.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -89,12 +91,12 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Verify the folder, before transformers looks for weights in it (5.x)."""
-        self._open(config)
+        self._look(config)
         return config
 
     def update_tp_plan(self, config: Any) -> Any:
         """Verify the folder, before transformers looks for weights in it (4.51)."""
-        self._open(config)
+        self._look(config)
         return config
 
     def update_dtype(self, dtype: Any) -> Any:
@@ -135,13 +137,16 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         if elsewhere:
             raise ConfigError(f"int8 checkpoints run on the CPU, not on {elsewhere[0]}")
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
         del kwargs
-        saved = self._open(model.config)
-        if saved is None:
+        saved = self._open(_folder_of(checkpoint_files or _files_of_caller()))
+        wanted, got = saved.manifest["dtype"], self.quantization_config.dtype
+        if wanted != got:
             raise CheckpointError(
-                f"{model.config.name_or_path!r} is not a folder: download the whole repository "
-                "and pass the folder"
+                f"the weights are of a checkpoint in {wanted}, the config is of one in {got}: "
+                "leave config= out"
             )
         saved.prepare(model)
         model._keys_to_ignore_on_load_unexpected = {".*"}  # `prepare` has found those that matter
@@ -160,11 +165,20 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         self._saved.fill(model)
         return keep_savable(model)
 
-    def _open(self, config: Any) -> SavedModel | None:
+    def _look(self, config: Any) -> None:
+        """Verify the folder that the config names, where it is a checkpoint.
+
+        Most often it is the one that is loaded. The weights may yet come from another: a subfolder,
+        or that of another config.
+        """
+        folder = Path(config.name_or_path or "")
+        if config.name_or_path and (folder / MANIFEST).is_file():
+            self._open(folder)
+
+    def _open(self, folder: Path) -> SavedModel:
         from ipex_sq.checkpoint.assembling import SavedModel
 
-        folder = Path(config.name_or_path or "")
-        if self._saved is None and config.name_or_path and folder.is_dir():
+        if self._saved is None or self._saved.folder != folder:
             self._saved = SavedModel(folder)
         return self._saved
 
@@ -177,3 +191,32 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def is_trainable(self) -> bool:
         """No."""
         return False
+
+
+def _files_of_caller() -> list[str]:
+    """The weights that transformers 4.51 has chosen.
+
+    It does not pass them on as later ones do: they are a variable of `from_pretrained`, which has
+    called. None are found where a release calls it otherwise.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "from_pretrained" and "checkpoint_files" in frame.f_locals:
+            return frame.f_locals["checkpoint_files"] or []
+        frame = frame.f_back
+    return []
+
+
+def _folder_of(files: Sequence[str]) -> Path:
+    """Where the weights are: the int8 Linears and the plan must come from there and nowhere else.
+
+    Raises:
+        CheckpointError: Nowhere, or in several folders.
+    """
+    folders = {Path(file).parent for file in files}
+    if len(folders) != 1:
+        raise CheckpointError(
+            "an int8 checkpoint is one folder of files: pass it, without state_dict; of a hub "
+            "name, download the whole repository"
+        )
+    return folders.pop()

@@ -65,7 +65,8 @@ class FloatWeights:
     def read(self, name: str, *, check: bool = False) -> Tensor:
         """The weight `name` (the first name of a tied one); its file is unmapped again.
 
-        Whole numbers, which a buffer may hold, stay as they are. `check`: also whether it is finite.
+        Whole numbers, which a buffer may hold, stay what they are. `check`: also whether it is
+        finite.
 
         Raises:
             CheckpointError: A file cannot be read.

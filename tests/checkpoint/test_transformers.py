@@ -1,6 +1,7 @@
 """Checkpoints as plain transformers loads them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import CORE_FAMILIES, LANE, logits_of
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -350,3 +352,49 @@ def test_saving_over_its_own_folder_loses_nothing(saved, tokenizer, unseen, tmp_
     AutoTokenizer.from_pretrained(folder)
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits_of(again, unseen), logits_of(model, unseen))
+
+
+def _scales(model):
+    return model.model.layers[0].self_attn.q_proj.weight_scale
+
+
+def test_int8_weights_come_from_where_the_others_do(saved, batches, tmp_path):
+    """A subfolder, another folder's config, and a snapshot of the hub: never two checkpoints."""
+    model, folder = saved
+    plain = quantize(
+        tiny_model("llama"), batches, QuantConfig(alpha=None, backend="native", dtype="fp32")
+    )
+    parent = save(plain, tmp_path / "plain")
+    shutil.copytree(folder, parent / "int8")
+    hub = tmp_path / "hub" / "models--me--int8"
+    shutil.copytree(folder, hub / "snapshots" / ("a" * 40))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    cached = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+    for again in (
+        AutoModelForCausalLM.from_pretrained(parent, subfolder="int8"),
+        AutoModelForCausalLM.from_pretrained(folder, config=AutoConfig.from_pretrained(parent)),
+        AutoModelForCausalLM.from_pretrained("me/int8", **cached),
+    ):
+        assert not torch.equal(_scales(again), _scales(plain))
+        assert again.quant_plan.alpha == model.quant_plan.alpha
+        assert torch.equal(_norm(again), _norm(model))
+        assert torch.equal(_scales(again), _scales(model))
+
+
+def _norm(model):
+    return model.state_dict()["model.norm.weight"]
+
+
+def test_a_config_of_another_precision_is_refused(saved, batches, tmp_path):
+    other = save(_quantized("llama", batches, "bf16"), tmp_path / "other")
+    with pytest.raises(CheckpointError, match="in fp32, the config is of one in bf16"):
+        AutoModelForCausalLM.from_pretrained(saved[1], config=AutoConfig.from_pretrained(other))
+
+
+def test_a_folder_with_a_checkpoint_below_it_is_none(saved, tmp_path):
+    shutil.copytree(saved[1], tmp_path / "int8")
+    AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="int8")
+    config, state = AutoConfig.from_pretrained(saved[1]), {"lm_head.weight": None}
+    with pytest.raises(CheckpointError, match="one folder of files"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
