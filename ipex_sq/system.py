@@ -207,7 +207,7 @@ def parse_bytes(text: str) -> int:
     parts = re.fullmatch(r"([0-9.]+)\s*([a-z]*)", text.strip().lower())
     try:
         size = int(float(parts[1]) * _UNITS[parts[2]]) if parts else 0
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
         raise ConfigError(f"a size is written as 8GiB, 500MB or in bytes, not {text!r}")

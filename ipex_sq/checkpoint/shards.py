@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ipex_sq.errors import CheckpointError
+from ipex_sq.system import parse_bytes
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,10 +33,15 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def write_shards(
     tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
-    """Write `WEIGHTS`, or above `max_shard_size` (bytes, or "5GB") shards and their index."""
+    """Write `WEIGHTS`, or above `max_shard_size` (bytes, or "5GB") shards and their index.
+
+    Raises:
+        ConfigError: The size is not one.
+    """
+    size = parse_bytes(str(max_shard_size))
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size
+        dict(tensors), filename_pattern=pattern, max_shard_size=size
     )
     for file, names in split.filename_to_tensors.items():
         write_safetensors({name: tensors[name] for name in names}, folder / file)
@@ -73,11 +79,11 @@ class Shards:
         """Read the names and shapes.
 
         Raises:
-            CheckpointError: A file is missing or damaged.
+            CheckpointError: A file is missing or damaged, or the index is.
         """
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in _shard_files(folder):
+        for path in shard_files(folder):
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118
                     self._files[name] = path
@@ -105,14 +111,23 @@ class Shards:
         return found
 
 
-def _shard_files(folder: Path) -> list[Path]:
-    if not (folder / INDEX).exists():
+def shard_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, as transformers chooses: one file goes before an index.
+
+    Raises:
+        CheckpointError: The index is damaged, or names what lies outside the folder.
+    """
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).exists():
         return [folder / WEIGHTS]
     try:
-        files = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        document = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(document["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from error
-    return [folder / name for name in sorted(files)]
+    for name in names:
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{folder / INDEX} is damaged: {name!r} is no file of the folder")
+    return [folder / name for name in names]
 
 
 @contextmanager

@@ -119,12 +119,13 @@ def quantize_folder(
     """
     config = check_streamed(config)
     check_writable(target)
+    place = target.resolve()
     rows, texts = without_padding(batches), dict(texts or {})
     wanted = rounding(config, NativeBackend())
     reset_peak_rss()
     model = StreamedModel(source)
     needs = estimate(model, rows, hessians=wanted.needs_hessians)
-    journal = Journal(target.absolute().with_name(f".{target.name}.partial"))
+    journal = Journal(place.with_name(f".{place.name}.partial"))
     check_needs(needs, limits.max_memory, journal.folder)
     work = journal.at_work(_identity(source, rows, config, texts), resume=limits.resume)
     findings, seconds = Findings(model, journal, rows, wanted), dict[str, float]()
@@ -162,7 +163,7 @@ def _identity(
     return {
         "ipex_sq": __version__,
         "versions": package_versions(),
-        "files": {path.name: file_sha256(path) for path in bar},
+        "files": {str(path.relative_to(source)): file_sha256(path) for path in bar},
         "config": asdict(config),
         "texts": dict(texts),
         "token_ids": ids.hexdigest(),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ipex_sq.checkpoint.shards import INDEX, WEIGHTS, Shards
+from ipex_sq.checkpoint.shards import INDEX, WEIGHTS, Shards, shard_files
 from ipex_sq.errors import CheckpointError
 from ipex_sq.models.loading import check_finite_weight, loaded_names
 
@@ -102,11 +102,11 @@ def weight_files(folder: Path) -> list[Path]:
     """What decides on the float model: config, index and weights.
 
     Raises:
-        CheckpointError: There are no safetensors.
+        CheckpointError: There are no safetensors, or their index is damaged.
     """
     _refuse_pickles(folder)
-    found = [path for path in sorted(folder.iterdir()) if path.suffix == ".safetensors"]
-    return found + [path for path in (folder / "config.json", folder / INDEX) if path.is_file()]
+    others = [path for path in (folder / "config.json", folder / INDEX) if path.is_file()]
+    return shard_files(folder) + others
 
 
 def _find(stored: Mapping[str, str], names: Iterable[str], prefix: str) -> str:
