@@ -16,6 +16,7 @@ from ipex_sq.backends.registry import Choice, choose_backend
 from ipex_sq.config import GPTQ, MIXED, NEAREST, STATIC, QuantConfig
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.calibration import calibrate, clipped_ranges
+from ipex_sq.models.conv1d import check_no_conv1d
 from ipex_sq.models.folding import apply_smoothing
 from ipex_sq.models.readiness import prepare_float
 from ipex_sq.models.rounding import round_weights
@@ -70,13 +71,15 @@ def plan(model: nn.Module, stats: ActStats, config: QuantConfig = QuantConfig())
     return make_plan(stats, weights, rounding_of(config, backend, stats))  # type: ignore[arg-type]
 
 
-def check_config(config: QuantConfig) -> None:
-    """Refuse, before any work, what the backend of `config` cannot do.
+def check_config(config: QuantConfig, model: nn.Module | None = None) -> None:
+    """Refuse, before any work, what the backend of `config` cannot do, with `model` if it is known.
 
     Raises:
         BackendUnavailableError: It cannot run here.
-        ConfigError: It has no such recipe.
+        ConfigError: It has no such recipe, or no portable form of `model`.
     """
+    if config.portable and model is not None:
+        check_no_conv1d(model)
     backend = choose_backend(config.backend).backend
     if config.max_drop is not None and config.observer != "minmax":
         raise ConfigError("--max_drop goes with --observer minmax")
@@ -175,7 +178,7 @@ def quantize_model(
 
     `decided` is executed instead of a plan made from `config`.
     """
-    check_config(config)
+    check_config(config, model)
     choice = choose_backend(config.backend)
     dtype = config.dtype or choice.backend.float_dtype
     if config.max_drop is not None and decided is None:

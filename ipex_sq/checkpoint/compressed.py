@@ -22,6 +22,7 @@ from ipex_sq.checkpoint.saving import stored_tensors, write_folder
 from ipex_sq.checkpoint.shards import MAX_SHARD_SIZE, write_shards
 from ipex_sq.errors import ConfigError
 from ipex_sq.kernels.int8_linear import INPUT_BUFFERS, Int8Linear
+from ipex_sq.models.conv1d import check_no_conv1d
 from ipex_sq.recipe.plan import FLOAT, QuantPlan
 from ipex_sq.recipe.portable import check_portable
 
@@ -63,13 +64,14 @@ def save_compressed(
 
     Raises:
         ConfigError: The folder is not ours, the model is of another backend, or it does what the
-            layout cannot say: names the Linears.
+            layout cannot say: names the Linears; or its class has Conv1D modules.
     """
     plan, target = getattr(model, "quant_plan", None), Path(folder)
     int8 = {n: item for n, item in model.named_modules() if isinstance(item, Int8Linear)}
     if not isinstance(plan, QuantPlan) or not int8:
         raise ConfigError("only int8 models of the native backend have a compressed-tensors form")
     check_portable(plan)
+    check_no_conv1d(model)
     tensors = stored_tensors(model)
     for name in int8:
         ours = {field: tensors.pop(f"{name}.{field}", None) for field in _FIELDS}

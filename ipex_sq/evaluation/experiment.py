@@ -126,7 +126,7 @@ class Experiment:
         return Outcome(row, scores, ready, tokenizer)
 
     def _quantize(self, model: nn.Module, tokenizer: Any, quant: QuantConfig) -> QuantizedModel:
-        check_config(quant)
+        check_config(quant, model)
         if self._scales is not None:
             return quantize_model(model, stats_from_file(model, self._scales, tokenizer), quant)
         if self._texts.calibration is None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
+
+from ipex_sq.errors import ConfigError
 
 
 def convert_conv1d(model: nn.Module) -> nn.Module:
@@ -23,6 +27,26 @@ def conv1d_weights(model: nn.Module) -> list[str]:
 
     found = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     return [f"{name}.weight" for name in found]
+
+
+def check_no_conv1d(model: nn.Module) -> None:
+    """Refuse, for the formats of other programs, a model whose class has Conv1D modules.
+
+    Here they are Linears by then; whoever builds the class again has Conv1D modules, which no int8
+    weights of a Linear fit.
+
+    Raises:
+        ConfigError: Names one.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        names = conv1d_weights(type(model)(copy.deepcopy(model.config)))
+    if names:
+        raise ConfigError(
+            f"other programs do not read {type(model).__name__} in int8: {names[0]!r} is of a "
+            "Conv1D, not of a Linear. Save in our own format"
+        )
 
 
 def _linear(conv: nn.Module) -> nn.Linear:

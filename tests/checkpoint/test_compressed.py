@@ -98,3 +98,15 @@ def test_the_command_writes_it(batches, tokenizer, tmp_path, capsys):
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert stored["model.layers.0.self_attn.q_proj.weight"].dtype == torch.int8
     assert stored["model.layers.0.self_attn.q_proj.input_zero_point"].dtype == torch.int8
+
+
+def test_conv1d_is_refused_before_the_work(batches, tmp_path, monkeypatch):
+    """transformers builds GPT-2 with Conv1D modules, which the layout's Linears are not."""
+    with monkeypatch.context() as patched:
+        patched.setattr("ipex_sq.backends.quantization.calibrate", None)
+        with pytest.raises(ConfigError, match=r"GPT2LMHeadModel in int8: .* is of a Conv1D"):
+            quantize(tiny_model("gpt2"), batches, PORTABLE)
+    ours = quantize(tiny_model("gpt2"), batches, replace(PORTABLE, alpha=None, portable=False))
+    with pytest.raises(ConfigError, match="Conv1D"):
+        save_compressed(ours, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
