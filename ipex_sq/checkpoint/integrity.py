@@ -70,12 +70,12 @@ def check_transformers(manifest: Mapping[str, Any]) -> None:
     """Refuse what a newer transformers wrote.
 
     Raises:
-        CheckpointError: Names both versions.
+        CheckpointError: Names both versions; or the manifest's is none.
     """
-    written, here = (
-        versions.get("transformers", "0").split(".")[0]
-        for versions in (manifest["versions"], package_versions())
-    )
+    here = package_versions()["transformers"].split(".")[0]
+    written = str(manifest["versions"].get("transformers", "0")).split(".")[0]
+    if not written.isdecimal():
+        raise CheckpointError(f"the manifest is damaged: it is of transformers {written!r}")
     if int(written) > int(here):
         raise CheckpointError(
             f"the checkpoint was written by transformers {written}, whose config.json version "

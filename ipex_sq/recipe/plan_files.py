@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -13,13 +14,16 @@ from ipex_sq.errors import CheckpointError
 from ipex_sq.recipe.plan import (
     DYNAMIC_INT8,
     FLOAT,
+    FOLD,
+    PRESCALE,
+    STATIC_INT8,
     UNSMOOTHED,
     GroupPlan,
     LinearPlan,
     QuantPlan,
     SmoothGroup,
 )
-from ipex_sq.recipe.qparams import ActivationQParams
+from ipex_sq.recipe.qparams import ACTIVATION_LEVELS, ActivationQParams
 
 PLAN_VERSION = 5
 
@@ -93,11 +97,12 @@ def plan_from_json(text: str, tensors: Mapping[str, Tensor]) -> QuantPlan:
             name: _linear_plan(name, item, tensors) for name, item in document["linears"].items()
         }
         groups = {key: _group_plan(key, item, tensors) for key, item in document["groups"].items()}
+        _check_groups(linears, groups)
         costs = {float(alpha): value for alpha, value in document["alpha_kl"].items()}
-        calibration = document["calibration"]
+        calibration = dict(document["calibration"])
         alpha, observer = document["alpha"], document["observer"]
         weights = document["weight_rounding"], document["corrects_biases"]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"not a quantization plan: {error!r}") from error
     return QuantPlan(alpha, observer, linears, groups, costs, calibration, *weights)
 
@@ -105,10 +110,14 @@ def plan_from_json(text: str, tensors: Mapping[str, Tensor]) -> QuantPlan:
 def _linear_plan(name: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> LinearPlan:
     if item["mode"] == FLOAT:
         return LinearPlan(FLOAT, reason=item["reason"])
+    if item["mode"] not in (STATIC_INT8, DYNAMIC_INT8):
+        raise ValueError(f"{name!r} has the mode {item['mode']!r}")
     activation = ActivationQParams(**item["activation"]) if item["activation"] else None
     if (activation is None) != (item["mode"] == DYNAMIC_INT8):
         raise CheckpointError(f"not a quantization plan: {name!r} lacks its activation range")
-    scale = tensors[f"{name}.weight_scale"]
+    if activation is not None:
+        _check_range(name, activation)
+    scale = _finite(tensors, f"{name}.weight_scale")
     return LinearPlan(item["mode"], item["reason"], item["group"], activation, scale)
 
 
@@ -121,6 +130,29 @@ def _group_plan(key: str, item: dict[str, Any], tensors: Mapping[str, Tensor]) -
     )
     if item["placement"] == UNSMOOTHED:
         return GroupPlan(group)
-    scale, channels = tensors[f"{key}.smoothing_scale"], tensors.get(f"{key}.split_channels")
+    if item["placement"] not in (FOLD, PRESCALE):
+        raise ValueError(f"group {key!r} has the placement {item['placement']!r}")
+    if not math.isfinite(item["headroom"]):
+        raise ValueError(f"group {key!r} has the headroom {item['headroom']}")
+    scale = _finite(tensors, f"{key}.smoothing_scale")
+    channels = tensors.get(f"{key}.split_channels")
     found = item["placement"], item["alpha"], scale, channels, item["headroom"]
     return GroupPlan(group, *found, expected_kl=item["expected_kl"])
+
+
+def _check_groups(linears: Mapping[str, LinearPlan], groups: Mapping[str, GroupPlan]) -> None:
+    for name, item in linears.items():
+        if item.mode != FLOAT and item.group not in groups:
+            raise ValueError(f"{name!r} is of the group {item.group!r}, which there is not")
+
+
+def _check_range(name: str, activation: ActivationQParams) -> None:
+    scale, zero_point = activation.scale, activation.zero_point
+    if not 0 < scale < math.inf or zero_point not in range(ACTIVATION_LEVELS + 1):
+        raise ValueError(f"{name!r} has the range {activation}")
+
+
+def _finite(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if not bool(tensors[name].isfinite().all()):
+        raise ValueError(f"{name!r} holds values that are not finite")
+    return tensors[name]

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -42,6 +44,48 @@ def test_readers_of_one_tensor_share_scale_and_range(decided):
 def test_a_damaged_plan_is_a_checkpoint_error(text):
     with pytest.raises(CheckpointError):
         plan_from_json(text, {})
+
+
+DAMAGES = {
+    "mode": ("linears", "mode", "x"),
+    "no group": ("linears", "group", None),
+    "scale nan": ("linears", "activation", {"scale": float("nan"), "zero_point": 1}),
+    "scale 0": ("linears", "activation", {"scale": 0, "zero_point": 1}),
+    "scale text": ("linears", "activation", {"scale": "a", "zero_point": 1}),
+    "zero point": ("linears", "activation", {"scale": 1.0, "zero_point": 999}),
+    "placement": ("groups", "placement", "x"),
+    "headroom": ("groups", "headroom", float("inf")),
+}
+
+
+@pytest.mark.parametrize(("part", "field", "value"), DAMAGES.values(), ids=DAMAGES)
+def test_a_plan_with_an_impossible_value_is_a_checkpoint_error(part, field, value, decided):
+    document = json.loads(plan_to_json(decided))
+    items = document[part].values()
+    item = next(i for i in items if i.get("mode") != "float" and i.get("placement") != "none")
+    item[field] = value
+    with pytest.raises(CheckpointError, match="not a quantization plan"):
+        plan_from_json(json.dumps(document), plan_tensors(decided))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"alpha_kl": {"a": 1}}, {"alpha_kl": []}, {"calibration": None}, {"groups": {}}],
+    ids=str,
+)
+def test_a_plan_with_a_damaged_part_is_a_checkpoint_error(change, decided):
+    document = json.loads(plan_to_json(decided)) | change
+    with pytest.raises(CheckpointError, match="not a quantization plan"):
+        plan_from_json(json.dumps(document), plan_tensors(decided))
+
+
+def test_scales_that_are_not_finite_are_no_plan(decided):
+    for kind in ("weight_scale", "smoothing_scale"):
+        tensors = dict(plan_tensors(decided))
+        name = next(name for name in tensors if name.endswith(kind))
+        tensors[name] = torch.full_like(tensors[name], float("nan"))
+        with pytest.raises(CheckpointError, match=kind):
+            plan_from_json(plan_to_json(decided), tensors)
 
 
 def test_kl_narrows_ranges_and_says_so(decided):
