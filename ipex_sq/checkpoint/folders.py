@@ -15,43 +15,92 @@ PLAN_JSON = "quant_plan.json"
 QUANT_METHOD = "ipex_sq"
 COMPRESSED_TENSORS = "compressed-tensors"
 FORMAT_VERSION = 4
-_FIELDS = frozenset(
+TOKENIZER_FILES = frozenset(
     (
-        "architecture",
-        "attention",
-        "backend",
-        "dtype",
-        "ipex_sq",
-        "made_from",
-        "sha256",
-        "task",
-        "versions",
+        "added_tokens.json",
+        "additional_chat_templates",
+        "chat_template.jinja",
+        "chat_template.json",
+        "merges.txt",
+        "sentencepiece.bpe.model",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
     )
 )
+"""What transformers writes of tokenizers."""
+
+TEXT_FILES = TOKENIZER_FILES | {
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+}
+"""What may lie in a folder before its model is saved."""
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "architecture": (str,),
+    "attention": (str, type(None)),
+    "backend": (str,),
+    "dtype": (str,),
+    "ipex_sq": (str,),
+    "made_from": (dict,),
+    "sha256": (dict,),
+    "task": (str,),
+    "versions": (dict,),
+}
+_VALUES = {
+    "backend": ("native", "ipex", COMPRESSED_TENSORS),
+    "dtype": ("fp32", "bf16"),
+    "task": ("causal-lm", "sequence-classification"),
+}
 
 
 def check_writable(folder: Path, marker: str = MANIFEST) -> None:
     """Refuse, before the work, a folder that could not be written after it.
 
     Args:
-        folder: May exist where it holds a file `marker`, which says that it is ours.
+        folder: May exist where it holds a file `marker`, which says that it is ours, or nothing
+            but what `save_pretrained` of a tokenizer or processor writes.
         marker: Name of that file.
 
     Raises:
-        ConfigError: It is a file, holds what is not ours, or its parent is not writable.
+        ConfigError: It is a file, holds what is not ours, cannot be renamed, or its parent is not
+            writable.
     """
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output_dir {folder} is a file, name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise ConfigError(f"{folder} is a file, name a folder")
+    place = folder.resolve()
+    if _is_mounted(place) or Path.cwd().is_relative_to(place):
         raise ConfigError(
-            f"--output_dir {folder} is not empty and was not written by ipex_sq: name another"
+            f"{folder} is a mount point or the working directory, which cannot be replaced as a "
+            "whole: name a folder in it"
         )
-    parent = folder.absolute().parent
+    if folder.is_dir() and not (place / marker).is_file():
+        strangers = sorted({path.name for path in place.iterdir()} - TEXT_FILES)
+        if strangers:
+            raise ConfigError(
+                f"{folder} is not empty and was not written by ipex_sq (it holds {strangers[0]}): "
+                "name another folder"
+            )
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent).cleanup()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent).cleanup()
     except OSError as error:
-        raise ConfigError(f"--output_dir {folder} is not writable: {error.strerror}") from error
+        raise ConfigError(f"{folder} is not writable: {error.strerror}") from error
+
+
+def _is_mounted(place: Path) -> bool:
+    """Also where a folder of the same disk is mounted, as containers do."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return place.is_mount()
+    escaped = str(place).replace("\\", "\\134").replace(" ", "\\040")
+    return place.is_mount() or any(line.split(" ")[4] == escaped for line in lines)
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -77,7 +126,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has format version {version}, this ipex_sq reads {FORMAT_VERSION}"
         )
-    missing = sorted(_FIELDS - set(document))
-    if missing:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: it lacks {missing[0]}")
+    problem = _problem(document)
+    if problem:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {problem}")
     return dict(document)
+
+
+def _problem(document: dict[str, Any]) -> str:
+    """What is wrong with a manifest, or nothing."""
+    for field, types in _FIELDS.items():
+        if field not in document:
+            return f"it lacks {field}"
+        if not isinstance(document[field], types):
+            return f"{field} is {document[field]!r}"
+    for field, values in _VALUES.items():
+        if document[field] not in values:
+            return f"{field} is {document[field]!r}, not one of {', '.join(values)}"
+    for name, digest in document["sha256"].items():
+        if not isinstance(digest, str) or Path(name).name != name:
+            return f"sha256 holds {name!r}: {digest!r}"
+    return ""

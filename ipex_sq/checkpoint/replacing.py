@@ -12,27 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ipex_sq.checkpoint.disk import SAVE_AGAIN, disk_errors, link_or_copy, make_durable
-from ipex_sq.checkpoint.folders import CONFIG, MANIFEST, PLAN_JSON, check_writable
-from ipex_sq.errors import ResourceError
-
-TOKENIZER_FILES = frozenset(
-    (
-        "added_tokens.json",
-        "additional_chat_templates",
-        "chat_template.jinja",
-        "chat_template.json",
-        "merges.txt",
-        "sentencepiece.bpe.model",
-        "special_tokens_map.json",
-        "spiece.model",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "vocab.json",
-        "vocab.txt",
-    )
+from ipex_sq.checkpoint.folders import (
+    CONFIG,
+    MANIFEST,
+    PLAN_JSON,
+    TOKENIZER_FILES,
+    check_writable,
 )
-"""What transformers writes of tokenizers: a new one must not meet files of another."""
+from ipex_sq.errors import ResourceError
 
 _OURS = frozenset(
     (
@@ -128,7 +115,7 @@ def _carry_over(old: Path, new: Path) -> None:
         return
     ours, written = _written(old), {path.name for path in new.iterdir()}
     if written & TOKENIZER_FILES:
-        ours |= TOKENIZER_FILES
+        ours |= TOKENIZER_FILES  # a new one must not meet files of another
     for path in old.iterdir():
         if path.name in ours | written or _WEIGHTS.fullmatch(path.name):
             continue
@@ -143,5 +130,7 @@ def _written(folder: Path) -> frozenset[str]:
     try:
         document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return _OURS | set(document["sha256"].keys())
+    except FileNotFoundError:
+        return frozenset()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return _OURS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,8 +45,6 @@ from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.system import package_versions
 
 GRAPH = "graph.pt"
-_FORMAL_OPTIONS = frozenset({"is_main_process", "safe_serialization"})
-"""Arguments of transformers' `save_pretrained` that change nothing where they are True."""
 
 
 def check_savable(backend: str) -> None:
@@ -181,6 +180,7 @@ def keep_savable(model: nn.Module) -> nn.Module:
 def _save_pretrained(
     model: nn.Module,
     save_directory: str | Path,
+    *,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     **options: Any,
 ) -> None:
@@ -189,9 +189,13 @@ def _save_pretrained(
     Raises:
         ConfigError: An argument that it cannot obey; see also `save`.
     """
+    theirs: Any = type(model)
+    known = inspect.signature(theirs.save_pretrained).parameters
     for name, value in options.items():
-        if name not in _FORMAL_OPTIONS or not value:
-            raise ConfigError(f"save_pretrained of an int8 model has no {name}={value!r}")
+        usual = known[name].default if name in known else name == "safe_serialization"
+        if value is None or value == usual:
+            continue
+        raise ConfigError(f"save_pretrained of an int8 model has no {name}={value!r}")
     save(model, save_directory, max_shard_size=max_shard_size)
 
 

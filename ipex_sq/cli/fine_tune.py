@@ -94,8 +94,7 @@ def command(arguments: Sequence[str]) -> None:
 
     replace_folder(folder, write, TRAINING)
     reached = ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies)
-    table = f"{folder}: accuracy on {sets[1].name} after each epoch: {reached}"
-    show(table, result, flags.output)
+    show(f"{folder}: accuracy on {sets[1].name} after each epoch: {reached}", result, flags.output)
 
 
 def _labelled(reviews: Sequence[Any]) -> Any:

@@ -7,11 +7,12 @@ import os
 import pytest
 import torch
 
-from ipex_sq.checkpoint import replacing
-from ipex_sq.checkpoint.folders import MANIFEST
+from ipex_sq.checkpoint import folders, replacing
+from ipex_sq.checkpoint.folders import MANIFEST, check_writable, read_manifest, write_manifest
+from ipex_sq.checkpoint.integrity import check_transformers
 from ipex_sq.checkpoint.replacing import replace_folder
 from ipex_sq.checkpoint.shards import write_safetensors
-from ipex_sq.errors import ConfigError, ResourceError
+from ipex_sq.errors import CheckpointError, ConfigError, ResourceError
 
 
 def _files(folder):
@@ -177,3 +178,83 @@ def test_modes_come_from_the_umask(mask, tmp_path):
     folder = tmp_path / "out"
     assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "disk" / "real")
+    for text in ("first", "second"):
+        replace_folder(link, _writer(model_safetensors=text))
+        assert link.is_symlink()
+        assert _files(tmp_path / "disk" / "real")["model.safetensors"] == text
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+
+
+def test_folders_that_cannot_be_renamed_are_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for folder in (".", "..", "x/..", tmp_path / "a"):
+        with pytest.raises(ConfigError, match=r"working directory.*name a folder in it"):
+            check_writable(tmp_path / "a" / "b" / folder)
+    check_writable(tmp_path / "a" / "b" / "c")
+    with pytest.raises(ConfigError, match="mount point"):
+        check_writable(folders.Path("/proc"))
+
+
+def test_a_tokenizer_may_be_there_first(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("tokenizer.json", "generation_config.json", "processor_config.json"):
+        (tmp_path / "out" / name).write_text("mine")
+    replace_folder(tmp_path / "out", _writer(model_safetensors="new"))
+    found = _files(tmp_path / "out")
+    assert found.pop("model.safetensors") == "new"
+    assert found.keys() == {
+        MANIFEST, "tokenizer.json", "generation_config.json", "processor_config.json"
+    }  # fmt: skip
+    (tmp_path / "out" / MANIFEST).unlink()
+    with pytest.raises(ConfigError, match=r"it holds model\.safetensors"):
+        check_writable(tmp_path / "out")
+
+
+WHOLE = {
+    "architecture": "LlamaForCausalLM",
+    "attention": "sdpa",
+    "backend": "native",
+    "dtype": "bf16",
+    "ipex_sq": "0.1.0",
+    "made_from": {},
+    "sha256": {"config.json": "0"},
+    "task": "causal-lm",
+    "versions": {"transformers": "5.0"},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": 3},
+        {"backend": "x"},
+        {"backend": None},
+        {"dtype": "fp8"},
+        {"made_from": []},
+        {"sha256": None},
+        {"sha256": []},
+        {"sha256": {"config.json": 1}},
+        {"sha256": {"../config.json": "0"}},
+        {"task": []},
+        {"versions": []},
+    ],
+)
+def test_a_damaged_manifest_is_named(change, tmp_path):
+    write_manifest(tmp_path, WHOLE)
+    assert read_manifest(tmp_path).items() >= WHOLE.items()
+    write_manifest(tmp_path, WHOLE | change)
+    with pytest.raises(CheckpointError, match=rf"is damaged: {next(iter(change))}"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["x.y", None, {}])
+def test_a_manifest_of_no_transformers_is_damaged(version):
+    with pytest.raises(CheckpointError, match="damaged"):
+        check_transformers({"versions": {"transformers": version}})

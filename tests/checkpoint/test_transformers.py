@@ -176,6 +176,12 @@ def test_save_pretrained_obeys_or_refuses(saved, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved[1])
     with pytest.raises(ConfigError, match="no variant="):
         model.save_pretrained(tmp_path / "x", variant="fp16")
+    with pytest.raises(ConfigError, match="no push_to_hub=True"):
+        model.save_pretrained(tmp_path / "x", push_to_hub=True)
+    usual = {"safe_serialization": True, "push_to_hub": False, "token": None, "variant": None}
+    AutoTokenizer.from_pretrained(saved[1]).save_pretrained(tmp_path / "x")
+    model.save_pretrained(tmp_path / "x", is_main_process=True, **usual)
+    assert {"tokenizer.json", "ipex_sq.json"} < {item.name for item in (tmp_path / "x").iterdir()}
 
 
 def _shards(folder):
