@@ -43,7 +43,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_by_pytorch(
   const auto [output, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
       query, key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), 0.0, causal, added, scale);
   const at::Tensor dense = sums.contiguous();
-  return {output, dense, at::ones_like(dense)};
+  return {output.transpose(1, 2).contiguous().transpose(1, 2), dense, at::ones_like(dense)};
 }
 
 // query [batch, heads, tokens, size], key and value [batch, groups, keys, size] bf16, size even;
