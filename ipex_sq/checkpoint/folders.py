@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ipex_sq.errors import CheckpointError, ConfigError
+from ipex_sq.models.int8_folders import MANIFEST
 
-MANIFEST = "ipex_sq.json"
 CONFIG = "config.json"
 PLAN_JSON = "quant_plan.json"
 QUANT_METHOD = "ipex_sq"

@@ -152,7 +152,7 @@ def _subject(flags: argparse.Namespace) -> tuple[Any, Path | None]:
     """The float model to time, and the int8 folder that was made of it, or None."""
     from ipex_sq.benchmarking.subjects import CLASSIFIER, RANDOM, Subject
     from ipex_sq.checkpoint.folders import read_manifest
-    from ipex_sq.evaluation.reviews import is_checkpoint
+    from ipex_sq.models.int8_folders import is_checkpoint, refuse_int8
     from ipex_sq.models.loading import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 
     if flags.model_path and flags.random_weights:
@@ -161,6 +161,7 @@ def _subject(flags: argparse.Namespace) -> tuple[Any, Path | None]:
         return Subject(flags.random_weights, RANDOM), None
     if not flags.model_path:
         model = build(ModelConfig, flags)
+        refuse_int8(model.model_name_or_path)
         trust = model.trust_remote_code
         return Subject(model.model_name_or_path, trust_remote_code=trust), None
     if not is_checkpoint(flags.model_path):

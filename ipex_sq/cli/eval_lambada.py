@@ -18,6 +18,7 @@ from ipex_sq.config import (
     ModelConfig,
     OutputConfig,
     QuantConfig,
+    flag_settings,
 )
 from ipex_sq.distributed import processes, rank
 from ipex_sq.errors import ConfigError
@@ -34,6 +35,7 @@ EXAMPLES = """\
   python eval_lambada.py --compare                                  # all of them in one table
   python eval_lambada.py --model_name_or_path bigscience/bloom-560m --int8 --sq --alpha 0.5
   python eval_lambada.py --int8 --sq --backend native --output_dir  # and save the int8 model
+  python eval_lambada.py --model_path saved_results/embedded-native-int8-sq   # score it again
   torchrun --nproc-per-node 2 eval_lambada.py --int8 --sq           # shared by two processes
   python eval_lambada.py --model_name_or_path facebook/opt-1.3b --int8 --sq --alpha 0.5 \\
       --act_scales_path act_scales/opt-1.3b.json                    # of import-scales
@@ -56,6 +58,12 @@ def parser() -> Parser:
     """The flags of eval_lambada.py."""
     flags = Parser(DESCRIPTION, EXAMPLES, shared=True)
     flags.add_config(ModelConfig)
+    flags.add_flag(
+        "model_path",
+        type=Path,
+        help="score an int8 folder of --output_dir or `quantize --max_memory` as it is: no float "
+        "model, no calibration",
+    )
     flags.add_flag("int8", action="store_true", help="quantize to static INT8 (W8A8)")
     flags.add_flag("sq", action="store_true", help="with SmoothQuant (needs --int8)")
     flags.add_flag(
@@ -113,30 +121,36 @@ def command(arguments: Sequence[str]) -> None:
     texts = load_texts(data, calibrate=scales is None and any(run.quant for run in runs))
     experiment = Experiment(texts, model, data, evaluation=evaluation, scales=scales)
     outcomes = []
+    if flags.model_path is not None:
+        outcomes.append(experiment.run_checkpoint(flags.model_path))
     for run in runs:
         outcome = experiment.run(run)
         if folder is not None:
-            from ipex_sq.checkpoint.compressed import save_compressed
-            from ipex_sq.checkpoint.saving import save
-
-            assert outcome.model is not None  # noqa: S101
-            made_from = {
-                "model": findable(model.model_name_or_path),
-                "smoothing_change": outcome.row["smoothing_change"],
-                "undone_folds": outcome.row["undone_folds"],
-                "measured": _measured(outcome.row, texts),
-            }
-            write = save_compressed if flags.format == COMPRESSED_TENSORS else save
-            saved = write(outcome.model, folder, outcome.tokenizer, made_from=made_from)
-            outcome.row["saved_to"] = str(saved)
+            outcome.row["saved_to"] = _save(outcome, folder, flags, texts)
         outcome.model = None  # one model in memory at a time
         outcomes.append(outcome)
         if outcomes[0].row["precision"] == "fp32":
             pair(outcome, outcomes[0])
     settings = {name: asdict(item) for name, item in (("data", data), ("evaluation", evaluation))}
     rows = [outcome.row for outcome in outcomes]
-    result = _document(model.model_name_or_path, texts, rows) | {"config": settings}
+    name = str(flags.model_path or model.model_name_or_path)
+    result = _document(name, texts, rows) | {"config": settings}
     show(_table(result), result, flags.output)
+
+
+def _save(outcome: Any, folder: Path, flags: argparse.Namespace, texts: Any) -> str:
+    """Write the int8 model; returns its folder."""
+    from ipex_sq.checkpoint.compressed import save_compressed
+    from ipex_sq.checkpoint.saving import save
+
+    made_from = {
+        "model": findable(flags.model_name_or_path),
+        "smoothing_change": outcome.row["smoothing_change"],
+        "undone_folds": outcome.row["undone_folds"],
+        "measured": _measured(outcome.row, texts),
+    }
+    write = save_compressed if flags.format == COMPRESSED_TENSORS else save
+    return str(write(outcome.model, folder, outcome.tokenizer, made_from=made_from))
 
 
 def _measured(row: dict[str, Any], texts: Any) -> dict[str, Any]:
@@ -171,8 +185,29 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.output_dir is not None and not flags.int8:
         raise ConfigError("--output_dir saves one int8 model: add --int8")
     _check_format(flags)
+    _check_model(flags)
     if "," in flags.backend and not flags.compare:
         raise ConfigError("several backends go with --compare")
+
+
+def _check_model(flags: argparse.Namespace) -> None:
+    """Refuse an int8 folder as a float model, and what cannot be asked of an int8 folder."""
+    from ipex_sq.checkpoint.folders import read_manifest
+    from ipex_sq.models.int8_folders import refuse_int8
+
+    if flags.model_path is None:
+        refuse_int8(flags.model_name_or_path)
+        return
+    if flags.int8 or flags.compare:
+        raise ConfigError(
+            f"--{'compare' if flags.compare else 'int8'} quantizes a float model: --model_path is "
+            "an int8 folder already"
+        )
+    for config in (ModelConfig, QuantConfig):
+        for setting in flag_settings(config):
+            if setting.name != "alpha" and getattr(flags, setting.name) != setting.default:
+                raise ConfigError(f"--{setting.name} has no use with --model_path: leave it out")
+    read_manifest(flags.model_path)  # refused before any data set is loaded
 
 
 def _check_format(flags: argparse.Namespace) -> None:
@@ -201,6 +236,8 @@ def _runs(flags: argparse.Namespace) -> list[Any]:
                 check_config(quant)  # fail before any model is loaded
                 runs.append(Run(label, quant=quant))
         return runs
+    if flags.model_path is not None:
+        return []
     if not flags.int8:
         dtype = flags.dtype or "fp32"
         return [Run(dtype, dtype)]

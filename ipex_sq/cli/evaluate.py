@@ -69,8 +69,9 @@ def command(arguments: Sequence[str]) -> None:
     _check(flags)
     check_output(flags.output)
 
-    from ipex_sq.evaluation.reviews import ReviewExperiment, is_checkpoint, load_review_texts
+    from ipex_sq.evaluation.reviews import ReviewExperiment, load_review_texts
     from ipex_sq.evaluation.runs import Run, pair
+    from ipex_sq.models.int8_folders import is_checkpoint
     from ipex_sq.report.classification import classification_report
 
     folder = Path(flags.model_path) if is_checkpoint(flags.model_path) else None
@@ -101,7 +102,7 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def _check(flags: argparse.Namespace) -> None:
-    from ipex_sq.evaluation.reviews import is_checkpoint
+    from ipex_sq.models.int8_folders import is_checkpoint
 
     if flags.compare and is_checkpoint(flags.model_path):
         raise ConfigError("--compare quantizes by itself: pass the float model, not an int8 folder")

@@ -67,11 +67,13 @@ def command(arguments: Sequence[str]) -> None:
 
     from ipex_sq.data.calibration import calibration_batches
     from ipex_sq.evaluation.experiment import load_texts
-    from ipex_sq.evaluation.runs import describe
+    from ipex_sq.evaluation.runs import describe_with_rows
+    from ipex_sq.models.int8_folders import refuse_int8
     from ipex_sq.models.loading import load_tokenizer, resolve_source
     from ipex_sq.streaming.run import Limits, check_streamed, quantize_folder
     from ipex_sq.system import provenance
 
+    refuse_int8(flags.model)
     config = check_streamed(config)
     texts = load_texts(data, calibrate=True).calibration
     assert texts is not None  # noqa: S101
@@ -85,7 +87,7 @@ def command(arguments: Sequence[str]) -> None:
         batches,
         config,
         tokenizer=tokenizer,
-        texts=describe(texts),
+        texts=describe_with_rows(texts),
         origin={"model": findable(flags.model)},
         limits=Limits(flags.max_memory, flags.resume),
     )

@@ -12,23 +12,28 @@ from torch import Tensor, nn
 from ipex_sq.backends.base import DTYPES, Backend
 from ipex_sq.backends.quantization import QuantizedModel, check_config, quantize_model
 from ipex_sq.backends.registry import choose_backend
+from ipex_sq.checkpoint.folders import read_manifest
+from ipex_sq.checkpoint.plans import load_plan
+from ipex_sq.checkpoint.saving import load
 from ipex_sq.config import DataConfig, EvaluationConfig, ModelConfig, QuantConfig
 from ipex_sq.data.calibration import calibration_batches, choose_texts
-from ipex_sq.data.documents import Document, TextSet, check_disjoint
+from ipex_sq.data.documents import Document, TextSet, check_disjoint, check_unseen
 from ipex_sq.data.lambada import default_calibration, load_lambada
-from ipex_sq.errors import ConfigError
+from ipex_sq.errors import ConfigError, UnsupportedModelError
 from ipex_sq.evaluation.lambada import LambadaResult, check_documents, evaluate_lambada, warm_up
 from ipex_sq.evaluation.max_drop import Search, plan_within_drop
 from ipex_sq.evaluation.runs import (
     Outcome,
     Run,
     SharedCalibration,
+    checkpoint_description,
     describe,
+    describe_with_rows,
     float_description,
     int8_description,
 )
 from ipex_sq.models.calibration import stats_from_file
-from ipex_sq.models.loading import load_model
+from ipex_sq.models.loading import CAUSAL_LM, load_model, load_tokenizer
 from ipex_sq.system import keep_freed_memory, peak_rss_bytes, reset_peak_rss
 
 HELD_OUT = 4
@@ -101,13 +106,45 @@ class Experiment:
         model, tokenizer = load_model(
             self._model.model_name_or_path, trust_remote_code=self._model.trust_remote_code
         )
-        documents = self._texts.evaluation.documents
-        check_documents(model, tokenizer, documents)
+        check_documents(model, tokenizer, self._texts.evaluation.documents)
         if run.quant is None:
             ready, description = model.to(DTYPES[run.dtype]), float_description(run)
         else:
             quantized = self._quantize(model, tokenizer, run.quant)
             ready, description = quantized.model, int8_description(quantized, run.quant)
+        return self._score(run.label, (ready, tokenizer), description)
+
+    def run_checkpoint(self, folder: Path) -> Outcome:
+        """Load an int8 model of `save` and score it.
+
+        Raises:
+            CheckpointError: It cannot be loaded.
+            UnsupportedModelError: It is no causal language model.
+            DataError: It was calibrated on some of the documents.
+        """
+        reset_peak_rss()
+        keep_freed_memory()
+        manifest = read_manifest(folder)
+        if manifest["task"] != CAUSAL_LM:
+            raise UnsupportedModelError(
+                f"{folder} is a sequence classifier, not a causal language model: use "
+                "`python -m ipex_sq evaluate --model_path`"
+            )
+        plan, documents = load_plan(folder), self._texts.evaluation.documents
+        check_unseen(plan.calibration.get("row_sha256", ()), documents, "calibrated")
+        tokenizer = load_tokenizer(str(folder))
+        model = load(folder)
+        check_documents(model, tokenizer, documents)
+        label = "int8" if plan.alpha is None else "int8+sq"
+        made_from = str(manifest["made_from"].get("model", ""))
+        description = checkpoint_description(plan, manifest) | {"made_from": made_from}
+        return self._score(label, (model, tokenizer), description)
+
+    def _score(
+        self, label: str, ready_and_tokenizer: tuple[nn.Module, Any], description: dict[str, Any]
+    ) -> Outcome:
+        ready, tokenizer = ready_and_tokenizer
+        documents = self._texts.evaluation.documents
         start = time.perf_counter()
         warm_up(ready, tokenizer, documents, self._evaluation)
         first = time.perf_counter() - start
@@ -115,7 +152,7 @@ class Experiment:
         scores = evaluate_lambada(ready, tokenizer, documents, self._evaluation)
         seconds = time.perf_counter() - start
         row = {
-            "label": run.label,
+            "label": label,
             **description,
             **_accuracy(scores),
             "warm_up_s": first,
@@ -133,11 +170,11 @@ class Experiment:
             raise ConfigError("int8 needs calibration texts")
         if self._calibration is None:
             calibrated, held_out = self._texts.calibration, None
+            rows = describe_with_rows(calibrated)["row_sha256"]  # those held out too
             if quant.max_drop is not None:
                 calibrated, held_out = hold_out(calibrated)
-            self._calibration = SharedCalibration(
-                self._batches(calibrated, tokenizer), describe(calibrated)
-            )
+            source = {**describe(calibrated), "row_sha256": rows}
+            self._calibration = SharedCalibration(self._batches(calibrated, tokenizer), source)
             self._held_out = self._batches(held_out, tokenizer) if held_out else []
         if quant.max_drop is None:
             return self._calibration.quantize(model, quant)

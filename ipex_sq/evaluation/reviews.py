@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ipex_sq.backends.base import DTYPES
-from ipex_sq.checkpoint.folders import MANIFEST, read_manifest
+from ipex_sq.checkpoint.folders import read_manifest
 from ipex_sq.checkpoint.plans import load_plan
 from ipex_sq.checkpoint.saving import load
 from ipex_sq.config import EMBEDDED, EvaluationConfig
 from ipex_sq.data.calibration import calibration_batches, choose_texts
-from ipex_sq.data.documents import TextSet, check_disjoint, check_unseen, row_digests
+from ipex_sq.data.documents import TextSet, check_disjoint, check_unseen
 from ipex_sq.data.reviews import Review, load_reviews, training_reviews
 from ipex_sq.errors import DataError, UnsupportedModelError
 from ipex_sq.evaluation.classification import (
@@ -28,7 +28,7 @@ from ipex_sq.evaluation.runs import (
     Run,
     SharedCalibration,
     checkpoint_description,
-    describe,
+    describe_with_rows,
     float_description,
     int8_description,
 )
@@ -83,13 +83,7 @@ def calibration_reviews(
 
 def review_source(texts: TextSet[Review], config: ReviewConfig) -> dict[str, Any]:
     """What plans and scales files say of their calibration texts."""
-    rows = row_digests(texts.documents)
-    return {**describe(texts), "max_length": config.max_length, "row_sha256": rows}
-
-
-def is_checkpoint(path: str) -> bool:
-    """Whether `path` is an int8 model of `quantize`."""
-    return (Path(path) / MANIFEST).is_file()
+    return {**describe_with_rows(texts), "max_length": config.max_length}
 
 
 def check_training(name_or_path: str, evaluation: TextSet[Review]) -> None:

@@ -13,7 +13,7 @@ from ipex_sq.backends.inc import IncBackend
 from ipex_sq.backends.quantization import QuantizedModel, check_config, quantize_model, rounding
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.config import QuantConfig
-from ipex_sq.data.documents import TextSet
+from ipex_sq.data.documents import TextSet, row_digests
 from ipex_sq.evaluation.pairing import Scored, paired_difference
 from ipex_sq.models.calibration import add_samples, calibrate
 from ipex_sq.recipe.act_stats import ActStats
@@ -115,6 +115,11 @@ def describe(texts: TextSet[Any]) -> dict[str, Any]:
         "sha256": texts.sha256,
         "rows": len(texts.documents),
     }
+
+
+def describe_with_rows(texts: TextSet[Any]) -> dict[str, Any]:
+    """The same with a digest of each text, so that a checkpoint is not scored on its own texts."""
+    return {**describe(texts), "row_sha256": row_digests(texts.documents)}
 
 
 def describe_texts(evaluation: TextSet[Any], calibration: TextSet[Any] | None) -> dict[str, Any]:

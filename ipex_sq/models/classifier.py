@@ -15,6 +15,7 @@ from torch import nn
 from ipex_sq.config import EMBEDDED
 from ipex_sq.errors import DataError, UnsupportedModelError
 from ipex_sq.models.embedded_encoder import embedded_classifier_folder
+from ipex_sq.models.int8_folders import refuse_int8
 from ipex_sq.models.loading import check_finite, loading_errors, resolve_source
 
 logger = logging.getLogger(__name__)
@@ -114,11 +115,13 @@ def load_classifier(
     Raises:
         DataError: The hub is unreachable or knows no such model; the folder is none; the embedded
             classifier was not fine-tuned yet.
+        ConfigError: The folder holds an int8 model of ours.
         UnsupportedModelError: It is a causal language model, or no classifier can be made of it.
         NumericalCheckError: A weight is not finite.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+    refuse_int8(name_or_path)
     source, options = classifier_source(name_or_path)
     options["trust_remote_code"] = trust_remote_code
     with loading_errors(name_or_path, "sequence classifier"):

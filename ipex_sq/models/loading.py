@@ -16,6 +16,7 @@ from ipex_sq.errors import CheckpointError, DataError, NumericalCheckError, Unsu
 from ipex_sq.hub import hub_problem
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.embedded import embedded_folder
+from ipex_sq.models.int8_folders import refuse_int8
 
 CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
 
@@ -33,11 +34,13 @@ def load_model(
 
     Raises:
         DataError: The hub is unreachable or knows no such model; the folder is none.
+        ConfigError: The folder holds an int8 model of ours.
         UnsupportedModelError: It is not a causal language model.
         NumericalCheckError: A weight is not finite.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    refuse_int8(name_or_path)
     source, options = resolve_source(name_or_path)
     options["trust_remote_code"] = trust_remote_code
     with loading_errors(name_or_path, "causal language model"):

@@ -60,6 +60,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
     if any(row["delta"] is not None and row["precision"] == "int8" for row in result["results"]):
         notes.append("delta: points of last-word accuracy against fp32 on the same documents")
     for row in result["results"]:
+        if row.get("made_from"):
+            notes.append(f"an int8 model that was saved, made from {row['made_from']}")
         if row["precision"] == "int8":
             notes.append(run_note(row))
     return notes

@@ -10,7 +10,7 @@ import torch
 from conftest import INT8_BACKENDS, TEXTS
 
 from ipex_sq.backends.native import NativeBackend
-from ipex_sq.cli import benchmark, eval_lambada
+from ipex_sq.cli import benchmark, eval_lambada, quantize, sensitivity
 from ipex_sq.cli.running import run
 from ipex_sq.config import DataConfig, QuantConfig
 from ipex_sq.models.tiny import tiny_model, tiny_tokenizer
@@ -229,6 +229,65 @@ def test_the_whole_job_on_a_tiny_model(folder, tmp_path, capsys):
     from ipex_sq import load
 
     assert load(saved).quant_plan.alpha == row["alpha"]
+
+
+@pytest.fixture(scope="module")
+def saved(folder):
+    """An int8 folder, and the row of the run that made it."""
+    place, result = folder / "int8", folder / "result.json"
+    flags = [*base_flags(folder), "--int8", "--sq", "--alpha", "0.5", "--backend", "native"]
+    assert run(eval_lambada.command, [*flags, f"--output_dir={place}", f"--output={result}"]) == 0
+    return place, json.loads(result.read_text())["results"][0]
+
+
+def test_a_saved_model_is_scored_again(folder, saved, capsys):
+    place, row = saved
+    flags = ["--model_path", str(place), "--dataset", str(folder / "evaluate.jsonl")]
+    assert run(eval_lambada.command, flags) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    (again,) = result["results"]
+    same = ("label", "backend", "precision", "alpha", "last_word_accuracy", "last_token_accuracy")
+    same += ("int8_linears", "float_reasons", "dynamic_reasons", "smooth_groups", "dtype")
+    assert {name: again[name] for name in same} == {name: row[name] for name in same}
+    assert again["perplexity"] == pytest.approx(row["perplexity"], rel=1e-6)
+    assert (again["quantize_s"], result["calibration"]) == (None, None)
+    assert result["model"] == str(place)
+    assert f"made from {folder / 'model'}" in out
+    flags[-1] = str(folder / "calibrate.jsonl")
+    assert "calibrated on 3 of the evaluation rows" in fails(capsys, flags)
+
+
+def test_what_cannot_be_asked_of_a_saved_model(folder, saved, tmp_path, capsys):
+    for flags, message in (
+        (["--int8"], "--int8 quantizes a float model"),
+        (["--compare"], "--compare quantizes a float model"),
+        (["--model_name_or_path", str(folder / "model")], "--model_name_or_path has no use"),
+        (["--backend", "native"], "--backend has no use"),
+        (["--dtype", "bf16"], "--dtype has no use"),
+        (["--output_dir", "here"], "add --int8"),
+    ):
+        assert message in fails(capsys, ["--model_path", str(saved[0]), *flags])
+    assert "no ipex_sq.json" in fails(capsys, ["--model_path", str(folder / "model")])
+    shutil.copytree(saved[0], tmp_path / "classifier")
+    manifest = tmp_path / "classifier" / "ipex_sq.json"
+    manifest.write_text(manifest.read_text().replace("causal-lm", "sequence-classification"))
+    flags = ["--model_path", str(manifest.parent), "--dataset", str(folder / "evaluate.jsonl")]
+    assert "is a sequence classifier" in fails(capsys, flags)
+
+
+def test_a_saved_int8_model_is_no_float_model(saved, capsys):
+    for command, flags in (
+        (eval_lambada.command, ["--model_name_or_path"]),
+        (eval_lambada.command, ["--int8", "--model_name_or_path"]),
+        (benchmark.command, ["--model_name_or_path"]),
+        (quantize.command, ["--backend", "native", "--model"]),
+        (quantize.command, ["--max_memory", "8GiB", "--model"]),
+        (sensitivity.command, ["--dataset", "embedded", "--model_name_or_path"]),
+    ):
+        line = fails(capsys, [*flags, str(saved[0])], command)
+        assert "is an int8 model that ipex_sq saved" in line
+        assert "--model_path" in line
 
 
 def test_compare_pairs_every_row_against_fp32(folder, capsys):
