@@ -180,7 +180,7 @@ def test_without_onednn_attention_is_pytorchs(tokens):
             found, largest, sums = _attention(**arguments)
         assert (found - wanted).abs().max() < 0.02
         assert (largest + sums.log() - tops - totals.log()).abs().max() < 0.02
-        assert found.stride() == wanted.stride()
+        assert found.transpose(1, 2).is_contiguous()
 
 
 @with_kernel
