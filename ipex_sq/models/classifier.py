@@ -15,8 +15,9 @@ from torch import nn
 from ipex_sq.config import EMBEDDED
 from ipex_sq.errors import DataError, UnsupportedModelError
 from ipex_sq.models.embedded_encoder import embedded_classifier_folder
+from ipex_sq.models.failures import loading_errors
 from ipex_sq.models.int8_folders import refuse_int8
-from ipex_sq.models.loading import check_finite, loading_errors, resolve_source
+from ipex_sq.models.loading import check_finite, resolve_source
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def load_classifier(
             classifier was not fine-tuned yet.
         ConfigError: The folder holds an int8 model of ours.
         UnsupportedModelError: It is a causal language model, or no classifier can be made of it.
+        CheckpointError: Weights are damaged.
         NumericalCheckError: A weight is not finite.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.config import EMBEDDED
-from ipex_sq.errors import CheckpointError, DataError, NumericalCheckError, UnsupportedModelError
+from ipex_sq.errors import CheckpointError, DataError, NumericalCheckError
 from ipex_sq.hub import hub_problem
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.embedded import embedded_folder
+from ipex_sq.models.failures import first_line, loading_errors
 from ipex_sq.models.int8_folders import refuse_int8
 
 CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
@@ -36,15 +36,16 @@ def load_model(
         DataError: The hub is unreachable or knows no such model; the folder is none.
         ConfigError: The folder holds an int8 model of ours.
         UnsupportedModelError: It is not a causal language model.
+        CheckpointError: Weights are damaged.
         NumericalCheckError: A weight is not finite.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     refuse_int8(name_or_path)
     source, options = resolve_source(name_or_path)
     options["trust_remote_code"] = trust_remote_code
+    tokenizer = _tokenizer(source, options, name_or_path)
     with loading_errors(name_or_path, "causal language model"):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             source, torch_dtype=torch.float32, use_safetensors=True, **options
         )
@@ -60,10 +61,14 @@ def load_tokenizer(name_or_path: str) -> Any:
     Raises:
         DataError: The hub is unreachable or knows no such model; the folder is none.
     """
+    source, options = resolve_source(name_or_path)
+    return _tokenizer(source, options, name_or_path)
+
+
+def _tokenizer(source: str, options: dict[str, Any], name: str) -> Any:
     from transformers import AutoTokenizer
 
-    source, options = resolve_source(name_or_path)
-    with loading_errors(name_or_path, "model with a tokenizer"):
+    with loading_errors(name, "model with a tokenizer"):
         return AutoTokenizer.from_pretrained(source, **options)
 
 
@@ -135,7 +140,7 @@ def skeleton(folder: Path, attention: str, task: str = CAUSAL_LM) -> nn.Module:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = _auto_class(task).from_config(config, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: no model can be built: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder}: no model can be built: {first_line(error)}") from error
     return convert_conv1d(model).eval()
 
 
@@ -204,7 +209,7 @@ def load_quantized(folder: Path, attention: str, task: str) -> nn.Module:
             folder, attn_implementation=attention, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: no model can be built: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder}: no model can be built: {first_line(error)}") from error
     return model
 
 
@@ -215,30 +220,3 @@ def _auto_class(task: str) -> Any:
         CAUSAL_LM: AutoModelForCausalLM,
         SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
     }[task]
-
-
-@contextmanager
-def loading_errors(name: str, kind: str) -> Iterator[None]:
-    """What transformers raises where it cannot load, as one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise _loading_error(name, error) from error
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"{name} is not a {kind} that this transformers knows: {_first_line(error)}"
-        ) from error
-
-
-def _loading_error(name: str, error: OSError) -> DataError:
-    problem = hub_problem()
-    if problem and not Path(name).exists():
-        return DataError(
-            f"{name} is not in the local cache and the hub is unreachable: {problem}. Pass a "
-            "local folder, or leave the model out for the embedded one"
-        )
-    return DataError(f"{name} could not be loaded: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ipex_sq.models.classifier import classifier_source
+from ipex_sq.models.failures import loading_errors
 from ipex_sq.models.loading import (
     CAUSAL_LM,
     SEQUENCE_CLASSIFICATION,
-    loading_errors,
     resolve_source,
 )
 from ipex_sq.models.positions import position_limit

@@ -1,0 +1,89 @@
+"""A float model is the one in its folder, whole, or it is refused in one line."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ipex_sq.errors import (
+    CheckpointError,
+    IpexSqError,
+)
+from ipex_sq.models.loading import float_skeleton, load_model
+from ipex_sq.models.tiny import HIDDEN, tiny_model
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tokenizer):
+    """A folder of an untied decoder, and one of an encoder."""
+    place = tmp_path_factory.mktemp("whole")
+    for family in ("mistral", "bert"):
+        tiny_model(family, outliers=False).save_pretrained(place / family)
+        tokenizer.save_pretrained(place / family)
+    return place
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A copy of a folder, with changes to its config.json and its tensors."""
+
+    def copy(family="mistral", *, tensors=None, **settings):
+        folder = tmp_path / family
+        shutil.copytree(whole / family, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+        if tensors is not None:
+            file = folder / "model.safetensors"
+            changed = {
+                name: item.contiguous().clone() for name, item in tensors(load_file(file)).items()
+            }
+            save_file(changed, file, metadata={"format": "pt"})
+        return folder
+
+    return copy
+
+
+def _write(folder, name, content):
+    (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("keep", [0, 5000])
+def test_damaged_weights_are_one_line(copied, keep):
+    folder = copied()
+    _write(folder, "model.safetensors", (folder / "model.safetensors").read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="mistral: its safetensors are damaged"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"[]", b"5", b'"x"', b"{}", b"{", b"\xff"])
+def test_a_config_that_is_none_is_one_line(copied, content):
+    folder = copied()
+    _write(folder, "config.json", content)
+    with pytest.raises(IpexSqError, match="mistral"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_size": str(HIDDEN)},
+        {"num_hidden_layers": None},
+        {"num_attention_heads": 0, "head_dim": None},
+        {"hidden_size": -HIDDEN},
+        {"hidden_act": "foo"},
+    ],
+)
+def test_sizes_that_are_none_are_one_line(copied, settings):
+    folder = copied(**settings)
+    for read in (load_model, float_skeleton):
+        with pytest.raises(IpexSqError, match="mistral"):
+            read(str(folder))
+
+
+def test_programming_errors_keep_their_traceback(whole, monkeypatch):
+    monkeypatch.setattr("ipex_sq.models.loading.float_config", lambda *_: [].nothing)
+    with pytest.raises(AttributeError):
+        load_model(str(whole / "mistral"))
