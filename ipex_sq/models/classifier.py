@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import nn
 
 from ipex_sq.config import EMBEDDED
 from ipex_sq.errors import DataError, UnsupportedModelError
+from ipex_sq.models.completeness import refuse_integer_weights
 from ipex_sq.models.embedded_encoder import embedded_classifier_folder
 from ipex_sq.models.failures import loading_errors
 from ipex_sq.models.int8_folders import refuse_int8
-from ipex_sq.models.loading import check_finite, resolve_source
+from ipex_sq.models.loading import check_finite, refuse_quantized, resolve_source
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ def load_classifier(
     Raises:
         DataError: The hub is unreachable or knows no such model; the folder is none; the embedded
             classifier was not fine-tuned yet.
-        ConfigError: The folder holds an int8 model of ours.
+        ConfigError: It is quantized.
         UnsupportedModelError: It is a causal language model, or no classifier can be made of it.
         CheckpointError: Weights are damaged.
         NumericalCheckError: A weight is not finite.
@@ -128,10 +130,12 @@ def load_classifier(
     options["trust_remote_code"] = trust_remote_code
     with loading_errors(name_or_path, "sequence classifier"):
         config = AutoConfig.from_pretrained(source, **options)
+        refuse_quantized(config, name_or_path)
         _refuse_decoder(name_or_path, config)
         if num_labels is not None:
             config.num_labels = num_labels
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        refuse_integer_weights(Path(source))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a missing head is at least the same in every run
             model, info = AutoModelForSequenceClassification.from_pretrained(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.config import EMBEDDED
-from ipex_sq.errors import CheckpointError, DataError, NumericalCheckError
+from ipex_sq.errors import CheckpointError, ConfigError, DataError, NumericalCheckError
 from ipex_sq.hub import hub_problem
+from ipex_sq.models.completeness import refuse_integer_weights
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.embedded import embedded_folder
 from ipex_sq.models.failures import first_line, loading_errors
@@ -34,7 +35,7 @@ def load_model(
 
     Raises:
         DataError: The hub is unreachable or knows no such model; the folder is none.
-        ConfigError: The folder holds an int8 model of ours.
+        ConfigError: It is quantized.
         UnsupportedModelError: It is not a causal language model.
         CheckpointError: Weights are damaged.
         NumericalCheckError: A weight is not finite.
@@ -44,8 +45,11 @@ def load_model(
     refuse_int8(name_or_path)
     source, options = resolve_source(name_or_path)
     options["trust_remote_code"] = trust_remote_code
+    with loading_errors(name_or_path, "causal language model"):
+        float_config(source, options, name_or_path)
     tokenizer = _tokenizer(source, options, name_or_path)
     with loading_errors(name_or_path, "causal language model"):
+        refuse_integer_weights(Path(source))
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             source, torch_dtype=torch.float32, use_safetensors=True, **options
         )
@@ -112,6 +116,48 @@ def check_finite_weight(name: str, weight: Tensor) -> None:
         raise NumericalCheckError(f"weight {name!r} holds values that are not finite")
 
 
+def refuse_quantized(config: Any, folder: str) -> None:
+    """Refuse a quantized model where a float one is asked for.
+
+    transformers runs it in its own way, or takes the integers for weights.
+
+    Args:
+        config: As transformers reads config.json.
+        folder: Or hub name.
+
+    Raises:
+        ConfigError: Says how it is quantized, and what to pass.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    get = found.get if isinstance(found, dict) else lambda key: getattr(found, key, None)
+    method = get("quant_method") or "unnamed"
+    ours = "; folders of ipex_sq go with --model_path" if method == "ipex_sq" else ""
+    raise ConfigError(
+        f"{folder} is quantized already (quant_method {method!s} in its config.json), a float "
+        f"checkpoint is needed: pass the model that it was made from{ours}"
+    )
+
+
+def float_config(source: str, options: dict[str, Any], name: str) -> Any:
+    """The configuration of a causal language model in float, by transformers.
+
+    Args:
+        source: Folder or hub name.
+        options: Of `from_pretrained`.
+        name: As the user gave it, for errors.
+
+    Raises:
+        ConfigError: It is quantized.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, **options)
+    refuse_quantized(config, name)
+    return config
+
+
 def task_of(model: nn.Module) -> str:
     """CAUSAL_LM or SEQUENCE_CLASSIFICATION, by the model's class."""
     classifies = type(model).__name__.endswith("ForSequenceClassification")
@@ -150,15 +196,16 @@ def float_skeleton(folder: str) -> nn.Module:
     Conv1D modules are not converted; buffers that no checkpoint holds are real.
 
     Raises:
+        ConfigError: It is quantized.
         UnsupportedModelError: It is not a causal language model.
     """
     import transformers.modeling_utils  # noqa: F401  # before the empty weights: see sizes.py
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     options: dict[str, Any] = {"local_files_only": True}
     with loading_errors(folder, "causal language model"):
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = float_config(folder, options, folder)
         if not hasattr(config, "dtype"):  # transformers 4: from_pretrained says it to these too
             for name in config.sub_configs:
                 getattr(config, name).torch_dtype = torch.float32

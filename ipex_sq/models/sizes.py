@@ -10,6 +10,7 @@ from ipex_sq.models.failures import loading_errors
 from ipex_sq.models.loading import (
     CAUSAL_LM,
     SEQUENCE_CLASSIFICATION,
+    refuse_quantized,
     resolve_source,
 )
 from ipex_sq.models.positions import position_limit
@@ -41,6 +42,7 @@ def named_size(name_or_path: str, task: str, *, trust_remote_code: bool = False)
 
     Raises:
         DataError: It cannot be found.
+        ConfigError: It is quantized.
         UnsupportedModelError: It is of another kind.
     """
     from transformers import AutoConfig
@@ -49,7 +51,9 @@ def named_size(name_or_path: str, task: str, *, trust_remote_code: bool = False)
     source, options = find(name_or_path)
     options["trust_remote_code"] = trust_remote_code
     with loading_errors(name_or_path, "model"):
-        return _size(AutoConfig.from_pretrained(source, **options), task, trust_remote_code)
+        config = AutoConfig.from_pretrained(source, **options)
+        refuse_quantized(config, name_or_path)
+        return _size(config, task, trust_remote_code)
 
 
 def shape_size(name: str) -> ModelSize:

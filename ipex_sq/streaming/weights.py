@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ipex_sq.checkpoint.shards import INDEX, WEIGHTS, Shards, shard_files
 from ipex_sq.errors import CheckpointError
+from ipex_sq.models.completeness import refuse_integer_weights
 from ipex_sq.models.loading import check_finite_weight, loaded_names
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -36,9 +37,11 @@ class FloatWeights:
 
         Raises:
             CheckpointError: There are no safetensors, or they are damaged or of another model.
+            UnsupportedModelError: They are not float.
         """
         _refuse_pickles(folder)
         self._shards = Shards(folder)
+        refuse_integer_weights(folder)
         self._transposed = frozenset(transposed)
         same: dict[int, list[str]] = defaultdict(list)
         shapes = {}

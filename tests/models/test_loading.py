@@ -4,14 +4,21 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from ipex_sq.config import QuantConfig
 from ipex_sq.errors import (
     CheckpointError,
+    ConfigError,
     IpexSqError,
+    UnsupportedModelError,
 )
+from ipex_sq.models.classifier import load_classifier
 from ipex_sq.models.loading import float_skeleton, load_model
+from ipex_sq.models.sizes import named_size
 from ipex_sq.models.tiny import HIDDEN, tiny_model
+from ipex_sq.streaming.run import quantize_folder
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -44,6 +51,45 @@ def copied(whole, tmp_path):
         return folder
 
     return copy
+
+
+@pytest.mark.parametrize("method", ["ipex_sq", "gptq", "awq", "bitsandbytes", "compressed-tensors"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        load_model,
+        float_skeleton,
+        lambda name: named_size(name, "causal-lm"),
+    ],
+    ids=["load_model", "float_skeleton", "named_size"],
+)
+def test_quantized_models_are_no_float_models(copied, method, read):
+    folder = copied(quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ConfigError, match=rf"mistral is quantized already .*{method}.* float"):
+        read(str(folder))
+
+
+@pytest.mark.parametrize("value", [{"quant_method": "foo"}, {}])
+def test_unknown_ways_of_quantizing_are_refused(copied, value):
+    with pytest.raises(ConfigError, match="a float checkpoint is needed"):
+        load_model(str(copied(quantization_config=value)))
+
+
+def test_quantized_classifiers_are_no_float_models(copied):
+    folder = copied("bert", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ConfigError, match="quant_method gptq"):
+        load_classifier(str(folder))
+
+
+def test_integers_are_no_float_weights(copied, batches, tmp_path):
+    folder = copied(tensors=lambda all_: all_ | {UP: (all_[UP] * 9).to(torch.int8)})
+    config = QuantConfig(backend="native", dtype="bf16")
+    for read in (
+        lambda: load_model(str(folder)),
+        lambda: quantize_folder(folder, tmp_path / "out", batches, config),
+    ):
+        with pytest.raises(UnsupportedModelError, match=rf"'{UP}' is stored as I8"):
+            read()
 
 
 def _write(folder, name, content):
