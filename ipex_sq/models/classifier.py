@@ -15,11 +15,16 @@ from torch import nn
 
 from ipex_sq.config import EMBEDDED
 from ipex_sq.errors import DataError, UnsupportedModelError
-from ipex_sq.models.completeness import refuse_integer_weights
+from ipex_sq.models.completeness import (
+    check_body_complete,
+    check_finite,
+    missing_weights,
+    refuse_integer_weights,
+)
 from ipex_sq.models.embedded_encoder import embedded_classifier_folder
 from ipex_sq.models.failures import loading_errors
 from ipex_sq.models.int8_folders import refuse_int8
-from ipex_sq.models.loading import check_finite, refuse_quantized, resolve_source
+from ipex_sq.models.loading import COMPLETELY, refuse_quantized, resolve_source
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +125,7 @@ def load_classifier(
             classifier was not fine-tuned yet.
         ConfigError: It is quantized.
         UnsupportedModelError: It is a causal language model, or no classifier can be made of it.
-        CheckpointError: Weights are damaged.
+        CheckpointError: Weights are damaged or of other shapes, or missing in the body.
         NumericalCheckError: A weight is not finite.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -132,6 +137,7 @@ def load_classifier(
         config = AutoConfig.from_pretrained(source, **options)
         refuse_quantized(config, name_or_path)
         _refuse_decoder(name_or_path, config)
+        classes = config.num_labels
         if num_labels is not None:
             config.num_labels = num_labels
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -139,14 +145,15 @@ def load_classifier(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a missing head is at least the same in every run
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                config=config,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
+                source, config=config, torch_dtype=torch.float32, **COMPLETELY, **options
             )
-    trained = not info["missing_keys"]
+    if info["mismatched_keys"] and num_labels not in (None, classes):
+        raise DataError(
+            f"{name_or_path} has a head for {classes} classes, the reviews have {num_labels}: pass "
+            "an encoder without a head"
+        )
+    check_body_complete(model, info, name_or_path)
+    trained = not missing_weights(model, info)
     check_finite(model)
     return Classifier(model.eval(), tokenizer, trained)
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ipex_sq.config import EMBEDDED
-from ipex_sq.errors import CheckpointError, ConfigError, DataError, NumericalCheckError
+from ipex_sq.errors import CheckpointError, ConfigError, DataError
 from ipex_sq.hub import hub_problem
-from ipex_sq.models.completeness import refuse_integer_weights
+from ipex_sq.models.completeness import check_complete, check_finite, refuse_integer_weights
 from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.embedded import embedded_folder
 from ipex_sq.models.failures import first_line, loading_errors
 from ipex_sq.models.int8_folders import refuse_int8
 
 CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
+
+COMPLETELY = {
+    "use_safetensors": True,
+    "output_loading_info": True,
+    "ignore_mismatched_sizes": True,  # so that the loading info names them: they are refused
+}
+"""Options of `from_pretrained` for `check_complete`."""
 
 
 def load_model(
@@ -37,7 +43,7 @@ def load_model(
         DataError: The hub is unreachable or knows no such model; the folder is none.
         ConfigError: It is quantized.
         UnsupportedModelError: It is not a causal language model.
-        CheckpointError: Weights are damaged.
+        CheckpointError: Weights are damaged, missing or of other shapes.
         NumericalCheckError: A weight is not finite.
     """
     from transformers import AutoModelForCausalLM
@@ -50,13 +56,15 @@ def load_model(
     tokenizer = _tokenizer(source, options, name_or_path)
     with loading_errors(name_or_path, "causal language model"):
         refuse_integer_weights(Path(source))
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            source, torch_dtype=torch.float32, use_safetensors=True, **options
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, torch_dtype=torch.float32, **COMPLETELY, **options
         )
+    check_complete(model, info, name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     check_finite(model)
-    return model.eval(), tokenizer
+    found: nn.Module = model.eval()
+    return found, tokenizer
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -93,27 +101,6 @@ def resolve_source(name_or_path: str) -> tuple[str, dict[str, Any]]:
             )
         return name_or_path, {"local_files_only": True}
     return name_or_path, {"local_files_only": hub_problem() is not None}
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuse a model with a NaN or an infinity among its weights.
-
-    Raises:
-        NumericalCheckError: Names the first such weight.
-    """
-    for name, parameter in model.named_parameters():
-        check_finite_weight(name, parameter)
-
-
-@torch.no_grad()
-def check_finite_weight(name: str, weight: Tensor) -> None:
-    """As `check_finite`, for one; by its extremes, as isfinite makes copies.
-
-    Raises:
-        NumericalCheckError: Names it.
-    """
-    if weight.numel() and not all(map(math.isfinite, map(float, weight.aminmax()))):
-        raise NumericalCheckError(f"weight {name!r} holds values that are not finite")
 
 
 def refuse_quantized(config: Any, folder: str) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ipex_sq.checkpoint.shards import INDEX, WEIGHTS, Shards, shard_files
 from ipex_sq.errors import CheckpointError
-from ipex_sq.models.completeness import refuse_integer_weights
-from ipex_sq.models.loading import check_finite_weight, loaded_names
+from ipex_sq.models.completeness import check_finite_weight, refuse_integer_weights
+from ipex_sq.models.loading import loaded_names
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 

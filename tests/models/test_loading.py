@@ -5,22 +5,30 @@ import shutil
 
 import pytest
 import torch
+from conftest import logits_of
 from safetensors.torch import load_file, save_file
 
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     IpexSqError,
     UnsupportedModelError,
 )
 from ipex_sq.models.classifier import load_classifier
 from ipex_sq.models.loading import float_skeleton, load_model
 from ipex_sq.models.sizes import named_size
-from ipex_sq.models.tiny import HIDDEN, tiny_model
+from ipex_sq.models.tiny import DECODERS, FAMILIES, HIDDEN, tiny_model
 from ipex_sq.streaming.run import quantize_folder
 
 UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def _load(family, folder):
+    loaded = load_model if family in DECODERS else load_classifier
+    found = loaded(str(folder))
+    return found[0] if family in DECODERS else found.model
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,76 @@ def copied(whole, tmp_path):
         return folder
 
     return copy
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_comes_back_whole(family, tmp_path, tokenizer, unseen):
+    """Tied heads and what a family computes itself are not missing."""
+    model = tiny_model(family, outliers=False)
+    if family == "gpt2":  # the tiny one has Linears for its Conv1D modules
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(_load(family, tmp_path), unseen), logits_of(model, unseen))
+
+
+@pytest.mark.parametrize("family", ["bloom", "opt", "falcon", "llama"])
+def test_a_body_whose_head_is_tied_is_whole(family, tmp_path, tokenizer, unseen):
+    """As BLOOM's and OPT's authors publish them."""
+    model = tiny_model(family, outliers=False)
+    getattr(model, model.base_model_prefix).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(_load(family, tmp_path), unseen), logits_of(model, unseen))
+
+
+def _without(part):
+    return lambda tensors: {name: item for name, item in tensors.items() if part not in name}
+
+
+def test_missing_weights_are_named_and_counted(copied):
+    down = "layers.1.mlp.down_proj.weight"
+    with pytest.raises(CheckpointError, match=rf"lacks 1 of .* first is 'model\.{down}'"):
+        load_model(str(copied(tensors=_without(down))))
+
+
+def test_a_layer_too_many_in_the_config_is_refused(copied):
+    with pytest.raises(CheckpointError, match=r"lacks 9 of .* first is 'model\.layers\.2\."):
+        load_model(str(copied(num_hidden_layers=3)))
+
+
+def test_a_body_without_its_head_is_refused(copied):
+    folder = copied(tensors=_without("lm_head"), architectures=["MistralModel"])
+    with pytest.raises(CheckpointError, match=r"lacks 1 of .*'lm_head\.weight'"):
+        load_model(str(folder))
+
+
+def test_a_prefix_too_many_is_named(copied):
+    folder = copied(tensors=lambda all_: {f"module.{name}": item for name, item in all_.items()})
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight'.*module\..*rename"):
+        load_model(str(folder))
+
+
+def test_other_shapes_are_refused(copied):
+    with pytest.raises(
+        CheckpointError, match=r"6 weights have not the shapes .*down_proj.*\[64, 96"
+    ):
+        load_model(str(copied(intermediate_size=96)))
+
+
+def test_a_classifier_may_lack_its_head_but_nothing_else(copied):
+    folder = copied("bert", tensors=_without("pooler"))
+    assert not load_classifier(str(folder)).trained_head
+    shutil.rmtree(folder)
+    folder = copied("bert", tensors=_without("layer.1.output.dense.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks 1 of .*layer\.1\.output\.dense\.weight"):
+        load_classifier(str(folder))
+
+
+def test_a_trained_head_of_other_classes_is_refused(whole):
+    with pytest.raises(DataError, match="a head for 2 classes, the reviews have 3"):
+        load_classifier(str(whole / "bert"), num_labels=3)
 
 
 @pytest.mark.parametrize("method", ["ipex_sq", "gptq", "awq", "bitsandbytes", "compressed-tensors"])
