@@ -17,6 +17,7 @@ from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.embedded import embedded_folder
 from ipex_sq.models.failures import first_line, loading_errors
 from ipex_sq.models.int8_folders import refuse_int8
+from ipex_sq.models.kinds import check_causal
 
 CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
 
@@ -137,11 +138,13 @@ def float_config(source: str, options: dict[str, Any], name: str) -> Any:
 
     Raises:
         ConfigError: It is quantized.
+        UnsupportedModelError: It is no causal language model.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, **options)
     refuse_quantized(config, name)
+    check_causal(config, name)
     return config
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ipex_sq.models.classifier import classifier_source
 from ipex_sq.models.failures import loading_errors
+from ipex_sq.models.kinds import check_causal
 from ipex_sq.models.loading import (
     CAUSAL_LM,
     SEQUENCE_CLASSIFICATION,
@@ -53,6 +54,8 @@ def named_size(name_or_path: str, task: str, *, trust_remote_code: bool = False)
     with loading_errors(name_or_path, "model"):
         config = AutoConfig.from_pretrained(source, **options)
         refuse_quantized(config, name_or_path)
+        if task == CAUSAL_LM:
+            check_causal(config, name_or_path)
         return _size(config, task, trust_remote_code)
 
 
