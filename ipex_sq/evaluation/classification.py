@@ -16,6 +16,7 @@ from ipex_sq.errors import DataError, NumericalCheckError
 from ipex_sq.evaluation.pairing import standard_error
 from ipex_sq.models.classifier import Classifier, class_order
 from ipex_sq.models.running import run_model
+from ipex_sq.models.vocabulary import check_token_ids
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,13 @@ def predict(
     """The class of every review, in the order given, and how many reviews were cut.
 
     Raises:
+        DataError: A review has a token that the model does not know.
         NumericalCheckError: The model produced logits that are not finite.
     """
     rows, truncated = _encode(classifier, reviews, max_length)
+    check_token_ids(
+        classifier.model, max((max(row["input_ids"], default=0) for row in rows), default=0)
+    )
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]), reverse=True)
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     predicted: dict[int, int] = {}

@@ -27,6 +27,7 @@ from ipex_sq.distributed import share
 from ipex_sq.errors import DataError, NumericalCheckError
 from ipex_sq.evaluation.pairing import perplexity_of, standard_error
 from ipex_sq.models.body import logits_at
+from ipex_sq.models.vocabulary import check_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,9 @@ def _encode_for(
     model: nn.Module, documents: Sequence[Document], tokenizer: Any
 ) -> list[EncodedDocument]:
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return encode_documents(documents, tokenizer, positions)
+    encoded = encode_documents(documents, tokenizer, positions)
+    check_token_ids(model, max(max(item.ids) for item in encoded))
+    return encoded
 
 
 @torch.inference_mode()

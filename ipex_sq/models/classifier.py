@@ -25,6 +25,7 @@ from ipex_sq.models.embedded_encoder import embedded_classifier_folder
 from ipex_sq.models.failures import loading_errors
 from ipex_sq.models.int8_folders import refuse_int8
 from ipex_sq.models.loading import COMPLETELY, refuse_quantized, resolve_source
+from ipex_sq.models.vocabulary import check_vocabulary, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -122,13 +123,13 @@ def load_classifier(
 
     Raises:
         DataError: The hub is unreachable or knows no such model; the folder is none; the embedded
-            classifier was not fine-tuned yet.
+            classifier was not fine-tuned yet; there is no tokenizer, or another model's.
         ConfigError: It is quantized.
         UnsupportedModelError: It is a causal language model, or no classifier can be made of it.
         CheckpointError: Weights are damaged or of other shapes, or missing in the body.
         NumericalCheckError: A weight is not finite.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     refuse_int8(name_or_path)
     source, options = classifier_source(name_or_path)
@@ -140,7 +141,7 @@ def load_classifier(
         classes = config.num_labels
         if num_labels is not None:
             config.num_labels = num_labels
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = read_tokenizer(source, options, name_or_path)
         refuse_integer_weights(Path(source))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a missing head is at least the same in every run
@@ -153,6 +154,7 @@ def load_classifier(
             "an encoder without a head"
         )
     check_body_complete(model, info, name_or_path)
+    check_vocabulary(model, tokenizer, name_or_path)
     trained = not missing_weights(model, info)
     check_finite(model)
     return Classifier(model.eval(), tokenizer, trained)

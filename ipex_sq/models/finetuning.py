@@ -14,6 +14,7 @@ from ipex_sq.config import EMBEDDED
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.classifier import Classifier, class_order, load_classifier
 from ipex_sq.models.embedded_encoder import embedded_encoder_folder
+from ipex_sq.models.vocabulary import check_token_ids
 from ipex_sq.review_config import FineTuneConfig
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def _rows(classifier: Classifier, labelled: Labelled, max_length: int) -> Any:
     classes = classifier.classes
     order = class_order(labelled.names, classes) if labelled.names else range(len(classes))
     encoded = classifier.tokenizer(list(labelled.texts), truncation=True, max_length=max_length)
+    check_token_ids(classifier.model, max(max(row, default=0) for row in encoded["input_ids"]))
     return [
         {**{name: encoded[name][row] for name in classifier.inputs}, "labels": order[label]}
         for row, label in enumerate(labelled.labels)

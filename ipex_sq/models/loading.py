@@ -18,6 +18,7 @@ from ipex_sq.models.embedded import embedded_folder
 from ipex_sq.models.failures import first_line, loading_errors
 from ipex_sq.models.int8_folders import refuse_int8
 from ipex_sq.models.kinds import check_causal
+from ipex_sq.models.vocabulary import check_vocabulary, read_tokenizer
 
 CAUSAL_LM, SEQUENCE_CLASSIFICATION = "causal-lm", "sequence-classification"
 
@@ -41,7 +42,8 @@ def load_model(
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        DataError: The hub is unreachable or knows no such model; the folder is none.
+        DataError: The hub is unreachable or knows no such model; the folder is none; it has no
+            tokenizer, or another model's.
         ConfigError: It is quantized.
         UnsupportedModelError: It is not a causal language model.
         CheckpointError: Weights are damaged, missing or of other shapes.
@@ -61,6 +63,7 @@ def load_model(
             source, torch_dtype=torch.float32, **COMPLETELY, **options
         )
     check_complete(model, info, name_or_path)
+    check_vocabulary(model, tokenizer, name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     check_finite(model)
@@ -72,17 +75,16 @@ def load_tokenizer(name_or_path: str) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        DataError: The hub is unreachable or knows no such model; the folder is none.
+        DataError: The hub is unreachable or knows no such model; the folder is none, or has no
+            tokenizer.
     """
     source, options = resolve_source(name_or_path)
     return _tokenizer(source, options, name_or_path)
 
 
 def _tokenizer(source: str, options: dict[str, Any], name: str) -> Any:
-    from transformers import AutoTokenizer
-
     with loading_errors(name, "model with a tokenizer"):
-        return AutoTokenizer.from_pretrained(source, **options)
+        return read_tokenizer(source, options, name)
 
 
 def resolve_source(name_or_path: str) -> tuple[str, dict[str, Any]]:

@@ -21,7 +21,8 @@ from ipex_sq.checkpoint.folders import check_writable
 from ipex_sq.checkpoint.integrity import file_sha256
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import ConfigError
-from ipex_sq.recipe.batching import Batch, without_padding
+from ipex_sq.models.vocabulary import known_rows
+from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.streaming.blocks import StreamedModel
 from ipex_sq.streaming.budget import check_needs, check_peak, estimate
@@ -112,18 +113,18 @@ def quantize_folder(
         limits: Memory, and whether to go on with an unfinished run.
 
     Raises:
-        ConfigError: See `check_streamed` and `Journal.at_work`; `target` is not ours.
+        ConfigError: See `check_streamed`, `Journal.at_work`; `target` is not ours; `source` int8.
         ResourceError: It would take more memory or disk than there is; needed and available.
         CheckpointError: `source` holds no safetensors, or damaged ones.
-        CalibrationError, NumericalCheckError, UnsupportedModelError: As for `quantize`.
+        CalibrationError, DataError, NumericalCheckError, UnsupportedModelError: As for `quantize`.
     """
     config = check_streamed(config)
     check_writable(target)
     place = target.resolve()
-    rows, texts = without_padding(batches), dict(texts or {})
     wanted = rounding(config, NativeBackend())
     reset_peak_rss()
-    model = StreamedModel(source)
+    model, texts = StreamedModel(source), dict(texts or {})
+    rows = known_rows(model.model, batches)
     needs = estimate(model, rows, hessians=wanted.needs_hessians)
     journal = Journal(place.with_name(f".{place.name}.partial"))
     check_needs(needs, limits.max_memory, journal.folder)

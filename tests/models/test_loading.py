@@ -17,7 +17,7 @@ from ipex_sq.errors import (
     UnsupportedModelError,
 )
 from ipex_sq.models.classifier import load_classifier
-from ipex_sq.models.loading import float_skeleton, load_model
+from ipex_sq.models.loading import float_skeleton, load_model, load_tokenizer
 from ipex_sq.models.sizes import named_size
 from ipex_sq.models.tiny import DECODERS, FAMILIES, HIDDEN, tiny_model
 from ipex_sq.streaming.run import quantize_folder
@@ -211,3 +211,33 @@ def test_programming_errors_keep_their_traceback(whole, monkeypatch):
     monkeypatch.setattr("ipex_sq.models.loading.float_config", lambda *_: [].nothing)
     with pytest.raises(AttributeError):
         load_model(str(whole / "mistral"))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(copied):
+    """Transformers 5 makes one of special tokens."""
+    for family, read in (("bert", load_classifier), ("mistral", load_model)):
+        folder = copied(family)
+        (folder / "tokenizer.json").unlink()
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            (folder / name).unlink(missing_ok=True)
+        for reading in (read, load_tokenizer):
+            with pytest.raises(DataError, match=f"{family} holds no tokenizer"):
+                reading(str(folder))
+
+
+def test_settings_alone_are_no_tokenizer(copied):
+    folder = copied("bert")
+    (folder / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": "BertTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(IpexSqError, match="bert"):
+        load_classifier(str(folder))
+
+
+def test_bytes_need_no_vocabulary(tmp_path):
+    from transformers import ByT5Tokenizer, T5Config
+
+    T5Config().save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path))("cat")["input_ids"]) == 4  # and the end of the text
