@@ -16,8 +16,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ipex_sq.checkpoint.folders import FORMAT_VERSION, MANIFEST, QUANT_METHOD
+from ipex_sq.checkpoint.folders import FORMAT_VERSION, QUANT_METHOD
 from ipex_sq.errors import CheckpointError, ConfigError
+from ipex_sq.models.int8_folders import MANIFEST
 
 if TYPE_CHECKING:
     from ipex_sq.checkpoint.assembling import SavedModel

@@ -14,12 +14,12 @@ from pathlib import Path
 from ipex_sq.checkpoint.disk import SAVE_AGAIN, disk_errors, link_or_copy, make_durable
 from ipex_sq.checkpoint.folders import (
     CONFIG,
-    MANIFEST,
     PLAN_JSON,
     TOKENIZER_FILES,
     check_writable,
 )
 from ipex_sq.errors import ResourceError
+from ipex_sq.models.int8_folders import MANIFEST
 
 _OURS = frozenset(
     (
