@@ -10,13 +10,17 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import cached_property
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from ipex_sq.compiling.hooks import HooksInside
 from ipex_sq.compiling.last_layer import ClassifierForward, CutLayer
+from ipex_sq.compiling.one_thread import one_at_a_time
 from ipex_sq.compiling.stepping import LayerStep, StepGraphs
 from ipex_sq.kernels.attention import kernel_for_attention
 from ipex_sq.kernels.brgemm import MOST_ROWS
@@ -33,6 +37,10 @@ Past PyTorch's own limit of 8 it goes on uncompiled, several times slower and wi
 """
 
 
+_SET: ContextVar[bool] = ContextVar("_SET", default=False)
+"""Whether `_set_compiler` was called where this thread runs: Dynamo may have settings for each."""
+
+
 def compiler_problem() -> str | None:
     """Why torch.compile cannot build CPU code here, or None."""
     if any(shutil.which(name) for name in ("g++", "clang++")):
@@ -46,9 +54,6 @@ def compile_layers(model: nn.Module) -> nn.Module:
     A bf16 head gives logits in fp32, a classifier that reads the first token alone ends its last
     layer with that one (ADR 16), and the process keeps the memory that it frees.
     """
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
-    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * KINDS)
     graphs = StepGraphs()
     first_token = find_first_token(model)
     forwards = [_CompiledForward(layer, graphs) for layer in find_layers(model)]
@@ -76,13 +81,38 @@ class _CompiledForward:
 
     def __init__(self, layer: nn.Module, graphs: StepGraphs) -> None:
         forward: Any = layer.forward
-        self._eager = forward
-        self._names = tuple(inspect.signature(forward).parameters)
-        self._index = layer_index(layer)
-        self._step = LayerStep(layer, forward.__func__, graphs)
-        self._unprepared: list[Any] = [
-            module for module in layer.modules() if hasattr(module, "keep_rows")
-        ]
+        self._layer = layer
+        self._function = forward.__func__
+        self._graphs = graphs
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a file: what was compiled is bound to this layer, and stays behind."""
+        state = {"_layer": self._layer, "_function": self._function, "_graphs": self._graphs}
+        return state if self.cut is None else {**state, "cut": self.cut}
+
+    @cached_property
+    def _eager(self) -> Callable[..., Any]:
+        return MethodType(self._function, self._layer)
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(inspect.signature(self._eager).parameters)
+
+    @cached_property
+    def _index(self) -> int | None:
+        return layer_index(self._layer)
+
+    @cached_property
+    def _hooks(self) -> HooksInside:
+        return HooksInside(self._layer)
+
+    @cached_property
+    def _step(self) -> LayerStep:
+        return LayerStep(self._layer, self._function, self._graphs)
+
+    @cached_property
+    def _unprepared(self) -> list[Any]:
+        return [module for module in self._layer.modules() if hasattr(module, "keep_rows")]
 
     @cached_property
     def _compiled(self) -> Callable[..., Any]:
@@ -90,7 +120,7 @@ class _CompiledForward:
 
     @cached_property
     def _compiled_cut(self) -> Callable[..., Any]:
-        return _compile(self._eager.__func__)
+        return _compile(self._function)
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,6 +128,10 @@ class _CompiledForward:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         name = next((name for name, value in named.items() if is_cache(value)), None)
         if name is None:
+            if self._hooks.any():
+                return self._as_written(*args, **kwargs)
+            if not _SET.get():
+                _set_compiler()
             if self.cut is not None and self.cut.is_enough():
                 return self._compiled_cut(self.cut.current(), *args, **kwargs)
             return self._compiled(*args, **kwargs)
@@ -105,14 +139,30 @@ class _CompiledForward:
         past = past_of(named[name], self._index)
         # Gradients need each step's keys and values as they were, not a buffer that is written to.
         if self._index is None or past is None or shape[-2] != 1 or torch.is_grad_enabled():
-            with kernel_for_attention():
-                return self._eager(*args, **kwargs)
+            return self._as_written(*args, **kwargs)
         if self._unprepared and shape[0] <= MOST_ROWS:
+            self._prepare()
+        cache = named.pop(name)
+        return self._step.run(name, cache, self._index, named)
+
+    def _as_written(self, *args: Any, **kwargs: Any) -> Any:
+        with kernel_for_attention():
+            return self._eager(*args, **kwargs)
+
+    def _prepare(self) -> None:
+        with one_at_a_time():
             for module in self._unprepared:
                 module.keep_rows()
             self._unprepared = []
-        cache = named.pop(name)
-        return self._step.run(name, cache, self._index, named)
+
+
+def _set_compiler() -> None:
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * KINDS)
+    # While one thread compiles, a compiled layer of another one runs as written, and does not fail.
+    dynamo.error_on_nested_fx_trace = False
+    _SET.set(True)
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:

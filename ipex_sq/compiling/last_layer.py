@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipex_sq.compiling.hooks import HOOKS, hooks_of_all_modules, is_awake
 from ipex_sq.models.first_token import FirstToken, first_tokens
 from ipex_sq.models.layers import find_layers
 
@@ -31,12 +32,6 @@ KNOWN = frozenset(
 """Arguments that ask for logits alone. Any other one, if given, may ask for more tokens."""
 
 WANTS_MORE = ("output_hidden_states", "output_attentions")
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-CAPTURING = "transformers.utils.output_capturing"
-"""Hooks of transformers 5 that stay once hidden states were asked for, and sleep until they are
-again."""
 
 
 class ClassifierForward:
@@ -56,8 +51,6 @@ class ClassifierForward:
         watched = [item for item in model.modules() if id(item) not in before]
         self._held = [(item, list(item._modules.values())) for item in watched if item._modules]
         self._hooks = [getattr(item, name) for item in watched[1:] for name in HOOKS]
-        every: Any = torch.nn.modules.module
-        self._hooks += [every._global_forward_hooks, every._global_forward_pre_hooks]
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,22 +64,19 @@ class ClassifierForward:
 
     def _is_enough(self, arguments: Mapping[str, Any]) -> bool:
         model: Any = self._model
+        hooks = (*self._hooks, *hooks_of_all_modules())
         configs = [getattr(item, "config", None) for item in (model, model.base_model)]
         return not (
             model.training
             or any(name not in KNOWN and _is_given(arguments[name]) for name in arguments)
             or any(getattr(config, name, False) for config in configs for name in WANTS_MORE)
-            or any(_is_foreign(hook) for hooks in self._hooks if hooks for hook in hooks.values())
+            or any(is_awake(hook) for some in hooks if some for hook in some.values())
             or any(list(item._modules.values()) != held for item, held in self._held)
         )
 
 
 def _is_given(value: Any) -> bool:
     return value is not None and value is not False
-
-
-def _is_foreign(hook: Any) -> bool:
-    return getattr(hook, "__module__", None) != CAPTURING
 
 
 class CutLayer:
@@ -96,6 +86,10 @@ class CutLayer:
         self._first_token = first_token
         self._tail = _FirstRows(first_token.tail)
         self._copies: list[_Copy] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a file: it makes its own copies of modules, with its first call."""
+        return {**vars(self), "_copies": []}
 
     def is_enough(self) -> bool:
         """Whether the classifier's call that runs in this thread needs no more than this."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
+from ipex_sq.compiling.one_thread import traced_alone
 from ipex_sq.compiling.step_call import (
     CAPACITY,
     TEXTS,
@@ -123,15 +124,17 @@ class _NoNumber:
 def _without_number(module: nn.Module) -> nn.Module:
     """A module with the same tensors and attributes, but for the layer's number.
 
-    The module itself stays as it is: other threads may be running it.
+    The module itself stays as it is, other threads may be running it: torch.export puts tensors of
+    its own into the twin's dictionaries while it traces.
     """
     twin = copy.copy(module)
-    children = module._modules.items()
-    vars(twin)["_modules"] = {
-        name: None if child is None else _without_number(child) for name, child in children
-    }
-    if "layer_idx" in vars(twin):
-        vars(twin)["layer_idx"] = _NoNumber()
+    own = vars(twin)
+    for name in ("_parameters", "_buffers", "_modules"):
+        own[name] = own[name].copy()
+    for name, child in module._modules.items():
+        own["_modules"][name] = None if child is None else _without_number(child)
+    if "layer_idx" in own:
+        own["layer_idx"] = _NoNumber()
     return twin
 
 
@@ -164,6 +167,8 @@ class _Step(nn.Module):
 def compile_step(layer: nn.Module, forward: Callable[..., Any], call: StepCall) -> StepGraph:
     """The graph of `layer`, whose own forward is `forward`, for calls like `call`.
 
+    To be called by one thread at a time; others may run the layer.
+
     Raises:
         Exception: Of torch.export or of the layer's code, where it is none that can be a graph.
     """
@@ -178,7 +183,7 @@ def compile_step(layer: nn.Module, forward: Callable[..., Any], call: StepCall) 
     example = {**_EXAMPLE, TEXTS: min(texts[0] + 5, texts[1])}
     outputs: list[_Outputs] = []
     step = _Step(_without_number(layer), forward, call, outputs.append)
-    with torch.inference_mode(False), torch.no_grad():
+    with traced_alone(), torch.inference_mode(False), torch.no_grad():
         examples = [torch.zeros(shape_of(named, example), dtype=dtype) for dtype, named in sizes]
         exported = torch.export.export(step, (examples,), dynamic_shapes=(shapes,), strict=False)
         graph, inputs = _with_used_inputs(exported, layer)

@@ -7,6 +7,7 @@ declared form, and that the layer still has the tensors it had.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Hashable, Mapping
 from operator import is_
@@ -14,7 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from ipex_sq.compiling.hooks import HooksInside
 from ipex_sq.compiling.layer_kind import kind_of
+from ipex_sq.compiling.one_thread import one_at_a_time
 from ipex_sq.compiling.step_call import StepCall
 from ipex_sq.compiling.step_graph import StepGraph, compile_step, place_of
 from ipex_sq.models.caching import LayerCache, keep_token, past_of, room_for_one, with_cache
@@ -32,27 +35,54 @@ class StepGraphs:
         self._graphs: dict[Hashable, list[StepGraph]] = {}
         self._failed: set[Hashable] = set()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepGraphs:
+        """Those of a copied model: graphs hold no tensors of a layer, and stay."""
+        twin = StepGraphs()
+        twin._graphs = copy.deepcopy(dict(self._graphs), memo)
+        twin._failed = copy.deepcopy(set(self._failed), memo)
+        return twin
+
+    def __reduce__(self) -> tuple[type[StepGraphs], tuple[()]]:
+        """Of a pickled model: none, what is compiled belongs to its process."""
+        return StepGraphs, ()
+
     def __len__(self) -> int:
         return sum(len(graphs) for graphs in self._graphs.values())
 
     def get(
         self, layer: nn.Module, forward: Callable[..., Any], call: StepCall
     ) -> StepGraph | None:
-        """The graph of `layer`, whose own forward is `forward`; None if it can have none."""
+        """The graph of `layer`, whose own forward is `forward`; None if it can have none.
+
+        A call that another thread's graph may be for waits until that is compiled.
+        """
         kind = kind_of(layer)
-        graphs = self._graphs.setdefault(kind, [])
-        fitting = next((graph for graph in graphs if graph.fits(call)), None)
-        if fitting is not None or (kind, call.form) in self._failed or len(graphs) >= MOST_GRAPHS:
+        fitting = self._find(kind, call)
+        if fitting is not None or self._is_hopeless(kind, call):
             return fitting
-        try:
-            graphs.append(compile_step(layer, forward, call))
-        except Exception as error:  # noqa: BLE001  # of torch.export and of the model's own code
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            if not self._failed:
-                logger.warning("this will take more time: steps are not compiled: %s", reason)
-            self._failed.add((kind, call.form))
-            return None
-        return graphs[-1]
+        with one_at_a_time():
+            kind = kind_of(layer)  # of the layer as it is now that no other thread compiles
+            fitting = self._find(kind, call)
+            if fitting is not None or self._is_hopeless(kind, call):
+                return fitting
+            try:
+                graph = compile_step(layer, forward, call)
+            except Exception as error:  # noqa: BLE001  # of torch.export and of the model's own code
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                if not self._failed:
+                    logger.warning("this will take more time: steps are not compiled: %s", reason)
+                self._failed.add((kind, call.form))
+                return None
+            self._graphs[kind] = [*self._graphs.get(kind, []), graph]
+            return graph
+
+    def _find(self, kind: Hashable, call: StepCall) -> StepGraph | None:
+        graphs = self._graphs.get(kind, [])
+        return next((graph for graph in graphs if graph.fits(call)), None)
+
+    def _is_hopeless(self, kind: Hashable, call: StepCall) -> bool:
+        many = len(self._graphs.get(kind, [])) >= MOST_GRAPHS
+        return many or (kind, call.form) in self._failed
 
 
 class LayerStep:
@@ -64,11 +94,7 @@ class LayerStep:
         self._forward = forward
         self._graphs = graphs
         self._bound: list[_BoundGraph] = []
-        self._hooks = [
-            hooks
-            for module in layer.modules()
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]
+        self._hooks = HooksInside(layer)
 
     def run(self, name: str, cache: Any, index: int, arguments: Mapping[str, Any]) -> Any:
         """The layer's outputs; `cache`, its argument `name`, holds the token for layer `index`."""
@@ -86,7 +112,7 @@ class LayerStep:
         return outputs
 
     def _graph_for(self, call: StepCall) -> _BoundGraph | None:
-        if any(self._hooks):
+        if self._hooks.any():
             return None
         for bound in self._bound:
             if bound.graph.fits(call) and bound.is_current():
@@ -94,9 +120,10 @@ class LayerStep:
         graph = self._graphs.get(self._layer, self._forward, call)
         if graph is None:
             return None
-        self._bound = [bound for bound in self._bound if bound.is_current()]
-        self._bound.insert(0, _BoundGraph(graph, self._layer))
-        return self._bound[0]
+        bound = _BoundGraph(graph, self._layer)
+        # Another thread may put its own there meanwhile: what is lost is bound again.
+        self._bound = [bound, *(other for other in self._bound if other.is_current())]
+        return bound
 
 
 class _BoundGraph:

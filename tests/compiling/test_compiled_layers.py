@@ -1,5 +1,8 @@
 """Layers stay compiled, however many kinds of them a process has met."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -7,10 +10,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from ipex_sq import QuantConfig, quantize
 from ipex_sq.backends import native
+from ipex_sq.compiling import compiled_layers
 from ipex_sq.compiling.compiled_layers import compile_layers
 from ipex_sq.kernels import attention
 from ipex_sq.kernels.brgemm import MOST_ROWS
 from ipex_sq.kernels.int8_linear import Int8Linear
+from ipex_sq.models.layers import find_layers
 from ipex_sq.models.running import run_model
 from ipex_sq.models.tiny import tiny_model
 from ipex_sq.system import has_bf16_instructions, int8_isa
@@ -110,3 +115,58 @@ def test_prompts_of_generation_have_our_attention(monkeypatch):
         for run in (ours, pytorchs)
     ]
     assert switches == [1, 0]
+
+
+@pytest.fixture
+def called(monkeypatch, batches):
+    """A classifier of two layers and the logits of its first, compiled call."""
+
+    def traced(function):
+        return torch.compile(function, dynamic=True, backend="eager")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled_layers, "_compile", traced)
+    model = quantize(tiny_model("bert"), batches, QuantConfig(backend="native", dtype="fp32"))
+    return model, _logits(model)
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(torch.arange(3, 21).reshape(2, 9)).logits
+
+
+def _double(*_):
+    return _[-1] * 2
+
+
+def test_hooks_inside_of_layers_are_called_whenever_they_come(called):
+    model, wanted = called
+    module, seen = find_layers(model)[0].intermediate, []
+    with module.register_forward_hook(lambda *_: seen.append(1)):
+        _logits(model)
+    assert seen == [1]
+    with module.register_forward_hook(_double):
+        changed = _logits(model)
+    assert not torch.allclose(changed, wanted)
+    with torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: seen.append(2)):
+        _logits(model)
+    assert seen.count(2) > len(find_layers(model)), "modules inside of layers too"
+    seen.clear()
+    assert torch.equal(_logits(model), wanted)
+    assert not seen
+
+
+def _pickled(model):
+    return pickle.loads(pickle.dumps(model))  # what this test has just made
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, _pickled])
+def test_a_copy_of_a_called_model_runs_its_own_layers(how, called):
+    model, wanted = called
+    other = how(model)
+    assert torch.equal(_logits(other), wanted)
+    with torch.no_grad():
+        for layer in find_layers(other):
+            layer.output.LayerNorm.weight.mul_(3)
+    assert not torch.allclose(_logits(other), wanted)
+    assert torch.equal(_logits(model), wanted)

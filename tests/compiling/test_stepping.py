@@ -218,6 +218,23 @@ def test_hooks_are_called_in_every_step():
     handle.remove()
 
 
+def test_hidden_states_asked_for_once_do_not_end_compiled_steps(monkeypatch):
+    """The hooks that transformers 5 leaves for them, and for attentions, sleep."""
+    model = compile_layers(tiny_model("llama"))
+    wanted, runs = _generate(model, _prompt()), []
+    outputs = model(_prompt(), output_hidden_states=True, output_attentions=True)
+    assert len(outputs.hidden_states) == len(find_layers(model)) + 1
+    original = stepping._BoundGraph.run
+
+    def counted(self, *args):
+        runs.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(stepping._BoundGraph, "run", counted)
+    assert torch.equal(_generate(model, _prompt()), wanted)
+    assert len(runs) == 5 * len(find_layers(model))
+
+
 def test_steps_have_gradients_where_they_are_asked_for():
     """Through the cache too: two steps, each as transformers would take it."""
     found = []
