@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def resolve_source(name_or_path: str) -> tuple[str, dict[str, Any]]:
     """Where transformers should look, and the options that keep it from waiting for the hub.
 
     Raises:
-        DataError: A local path that is no model folder.
+        DataError: A local path that is no model folder, or whose config.json names no model.
     """
     if name_or_path == EMBEDDED:
         return str(embedded_folder()), {"local_files_only": True}
@@ -102,8 +103,19 @@ def resolve_source(name_or_path: str) -> tuple[str, dict[str, Any]]:
                 f"{name_or_path} is not a model folder: it has no config.json. Pass a folder "
                 "written by save_pretrained, a hub name, or leave the flag out"
             )
+        _check_named(path / "config.json")
         return name_or_path, {"local_files_only": True}
     return name_or_path, {"local_files_only": hub_problem() is not None}
+
+
+def _check_named(config: Path) -> None:
+    """Transformers 4 guesses a missing type from the folder's name, in the size of its default."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # transformers says what is wrong
+    if not isinstance(content, dict) or not (content.get("model_type") or content.get("auto_map")):
+        raise DataError(f"{config} describes no model: it holds no model_type")
 
 
 def refuse_quantized(config: Any, folder: str) -> None:

@@ -190,6 +190,15 @@ def test_a_config_that_is_none_is_one_line(copied, content):
         load_model(str(folder))
 
 
+def test_the_type_of_a_model_is_not_guessed_from_the_name_of_its_folder(copied):
+    """Transformers 4 made the default model of that type, of 7 billion weights, for "mistral"."""
+    folder = copied()
+    _write(folder, "config.json", b'{"hidden_size": 64}')
+    for read in (load_model, lambda name: named_size(name, "causal-lm")):
+        with pytest.raises(DataError, match="it holds no model_type"):
+            read(str(folder))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
