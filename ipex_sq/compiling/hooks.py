@@ -29,7 +29,7 @@ def is_awake(hook: Any) -> bool:
     if getattr(hook, "__module__", None) != CAPTURING:
         return True
     collector = getattr(sys.modules.get(CAPTURING), "_active_collector", None)
-    return collector is None or collector.get() is not None
+    return collector is None or bool(collector.get())  # what is to be captured
 
 
 class HooksInside:
