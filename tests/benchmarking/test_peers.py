@@ -105,7 +105,8 @@ def test_an_unknown_peer_is_refused_before_the_work(monkeypatch, capsys):
 class _HereWorker:
     """Makes its object in this process."""
 
-    def __init__(self, _name, factory, _cores):
+    def __init__(self, _name, factory, _cores, *, bind):
+        del bind
         self.ready = factory
 
     def __enter__(self):

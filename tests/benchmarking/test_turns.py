@@ -60,7 +60,8 @@ class FakeWorker:
 
     open: set = set()  # noqa: RUF012
 
-    def __init__(self, name, factory, _cores):
+    def __init__(self, name, factory, _cores, *, bind=True):
+        del bind
         self.name, self.factory, self.asked = name, factory, None
 
     def ready(self):
