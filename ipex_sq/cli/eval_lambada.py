@@ -50,8 +50,8 @@ INT8_ONLY = (
     *("observer", "percentile", "activations", "weight_rounding", "max_drop"),
     *("quant_lm_head", "portable", "backend"),
 )
-CALIBRATION_ONLY = ("calib_dataset", "calib_samples", "calib_max_tokens")
-"""Settings of `QuantConfig` and `DataConfig` that a float run would ignore."""
+"""Settings that a float run would ignore. Those of calibration stay: a baseline is often the same
+command without --int8."""
 
 
 def parser() -> Parser:
@@ -172,12 +172,11 @@ def _check(flags: argparse.Namespace) -> None:
         raise ConfigError("--alpha belongs to SmoothQuant: add --int8 --sq")
     if flags.kl:
         flags.observer = "kl"
-    if not (flags.int8 or flags.compare):
-        for config, names in ((QuantConfig, INT8_ONLY), (DataConfig, CALIBRATION_ONLY)):
-            for name in names:
-                if getattr(flags, name) != getattr(config, name):
-                    flag = "kl" if flags.kl and name == "observer" else name
-                    raise ConfigError(f"--{flag} belongs to INT8: add --int8")
+    if not (flags.int8 or flags.compare or flags.model_path):
+        for name in INT8_ONLY:
+            if getattr(flags, name) != getattr(QuantConfig, name):
+                flag = "kl" if flags.kl and name == "observer" else name
+                raise ConfigError(f"--{flag} belongs to INT8: add --int8")
     if flags.percentile != QuantConfig.percentile and flags.observer != "percentile":
         raise ConfigError("--percentile belongs to --observer percentile")
     if flags.act_scales_path is not None and not (flags.int8 or flags.compare):

@@ -139,7 +139,10 @@ def test_too_few_calibration_texts(folder, capsys):
 
 def test_a_folder_without_config_and_an_unknown_model(folder, tmp_path, capsys, monkeypatch):
     assert "no config.json" in fails(capsys, ["--model_name_or_path", str(tmp_path)])
-    monkeypatch.setattr("ipex_sq.models.loading.hub_problem", lambda: "no network in this test")
+    for module in ("loading", "failures"):
+        monkeypatch.setattr(
+            f"ipex_sq.models.{module}.hub_problem", lambda: "no network in this test"
+        )
     flags = [*base_flags(folder), "--model_name_or_path", "nobody/no-such-model"]
     line = fails(capsys, flags)
     assert "no network in this test" in line

@@ -59,8 +59,6 @@ def test_every_command_is_explained(capsys):
         ["--backend", "nativ"],
         ["--quant_lm_head"],
         ["--portable"],
-        ["--calib_samples", "3"],
-        ["--calib_dataset", "embedded"],
     ],
 )
 def test_flags_that_a_float_run_would_ignore_are_refused(flags):
