@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from ipex_sq.kernels import brgemm, int8_linear
+from ipex_sq.kernels import brgemm
 from ipex_sq.kernels.brgemm import MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
 from ipex_sq.kernels.int8_linear import Int8Linear
+from ipex_sq.kernels.levels import static_levels
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
     SMALLEST_SCALE,
@@ -220,7 +221,7 @@ def test_static_rounding_in_one_pass_is_that_of_the_formula(channels, dtype, mon
     x[..., [3, 190]] *= 8
     x = x.to(dtype)
     found, of_any_layout = linear(x), linear(x[:, ::2])
-    monkeypatch.setattr(int8_linear, "brgemm_built", lambda: False)
+    monkeypatch.setattr("ipex_sq.kernels.levels.brgemm_built", lambda: False)
     assert torch.equal(found, linear(x))
     assert torch.equal(of_any_layout, found[:, ::2])
 
@@ -291,7 +292,7 @@ def test_static_levels_of_nan_are_zero_in_every_form(dtype):
     for own in ((None, None, None), copies):
         rest = torch.ones(40), torch.tensor(100, dtype=torch.int32)
         found = torch.ops.ipex_sq.round_static(x, *rest, *own)
-        assert torch.equal(found, int8_linear.static_levels(x, *rest, own))
+        assert torch.equal(found, static_levels(x, *rest, own))
         assert bool((found[:, [3, 20, 37]] == 0).all())
     weight = torch.ones(40, 8, dtype=torch.int8)
     packed = pack_rows(weight)
