@@ -82,9 +82,13 @@ def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
         # The same tensor objects: q, k and v then round their input once in the compiled graph.
         for shared in INPUT_BUFFERS:
             setattr(module, shared, getattr(first, shared))
-    model.requires_grad_(
-        False
-    )  # rounding has no gradient: what came past it would be taken for all
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.use_cache = (
+            False  # a plain call scores text, compiled; generate() has its own setting
+        )
+    # Rounding has no gradient: what came past it would be taken for all of it.
+    model.requires_grad_(False)
     model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return compile_layers(model)
 

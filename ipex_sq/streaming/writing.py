@@ -94,6 +94,7 @@ def write_checkpoint(
     cast_float(model, dtype)
     model.quant_plan = plan  # type: ignore[assignment]
     model.quant_dtype = dtype
+    model.config.use_cache = False  # type: ignore[union-attr]
 
     def write_weights(folder: Path) -> None:
         blocks = findings.model.blocks
