@@ -67,17 +67,44 @@ def test_smoothquant_comes_closer_to_fp32_than_plain_int8(calibrated, unseen):
 @pytest.mark.parametrize("activations", ["static", "dynamic"])
 def test_native_agrees_with_reference(uncompiled, calibrated, activations, unseen):
     model, stats = calibrated
-    outputs = {}
+    outputs, experts = {}, {}
     for backend in ("reference", "native"):
         config = QuantConfig(activations=activations, backend=backend, dtype="fp32")
-        outputs[backend] = logits_of(quantize(copy.deepcopy(model), stats, config), unseen)
+        int8 = quantize(copy.deepcopy(model), stats, config)
+        experts[backend] = _watch_experts(int8)
+        outputs[backend] = logits_of(int8, unseen)
     got, wanted = outputs["native"], outputs["reference"]
     texts = [relative_error(*text) for text in zip(got, wanted, strict=True)]
     most = max(range(len(texts)), key=texts.__getitem__)
     assert sum(error >= FP32_BOUND for error in texts) <= 1
-    assert texts[most] < max(
-        FP32_BOUND, relative_error(wanted[most], logits_of(model, unseen)[most])
-    )
+    bound = max(FP32_BOUND, relative_error(wanted[most], logits_of(model, unseen)[most]))
+    # A token whose two best experts are all but equal may go to the other: no rounding error bounds
+    # what that changes.
+    assert texts[most] < bound or most in _sent_elsewhere(experts, len(texts))
+
+
+def _watch_experts(model):
+    """The experts of every token, in the order of the routers' calls."""
+    seen = []
+
+    def keep(router, _inputs, scores):
+        del router
+        if isinstance(scores, torch.Tensor):  # transformers 5 has routers that choose themselves
+            seen.append(scores.reshape(-1, scores.shape[-1]).topk(2).indices.sort(dim=-1).values)
+
+    for name, module in model.named_modules():
+        if name.endswith("moe.gate"):
+            module.register_forward_hook(keep)
+    return seen
+
+
+def _sent_elsewhere(experts, texts):
+    """Texts with a token that the backends send to other experts."""
+    found = set()
+    for one, other in zip(experts["reference"], experts["native"], strict=True):
+        tokens = (one != other).any(dim=-1).reshape(texts, -1)
+        found |= set(tokens.any(dim=-1).nonzero().flatten().tolist())
+    return found
 
 
 @pytest.mark.parametrize("family", DECODERS)
