@@ -91,12 +91,10 @@ def _swap(scratch: Path, place: Path) -> None:
             f"{place} cannot be replaced ({error.strerror}), another process may have written "
             f"it: save to another folder{left}"
         ) from error
-    except BaseException:
-        if scratch.exists():
-            _put_back(old, place)
-        raise
     finally:
-        if not scratch.exists():
+        if scratch.exists():  # interrupted
+            _put_back(old, place)
+        else:
             shutil.rmtree(old, ignore_errors=True)
     make_durable(place.parent)
 
