@@ -128,7 +128,7 @@ class _CompiledForward:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         name = next((name for name, value in named.items() if is_cache(value)), None)
         if name is None:
-            if self._hooks.any():
+            if self._hooks.any() or _wants_gradient(named):
                 return self._as_written(*args, **kwargs)
             if not _SET.get():
                 _set_compiler()
@@ -170,6 +170,13 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
     compiled: Callable[..., Any] = torch.compile(function, dynamic=True, backend=inductor)
     return compiled
+
+
+def _wants_gradient(arguments: dict[str, Any]) -> bool:
+    """Int8 Linears refuse it, and what raises while Dynamo reads it is never compiled again."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in arguments.values()
+    )
 
 
 def _hidden_shape(arguments: dict[str, Any]) -> torch.Size:

@@ -57,3 +57,15 @@ def test_a_gradient_through_them_is_refused(model, unseen):
     vectors = model.get_input_embeddings()(unseen["input_ids"]).detach().requires_grad_(True)
     with pytest.raises(ConfigError, match="no gradient"):
         model(inputs_embeds=vectors, use_cache=False)
+
+
+def test_a_refused_gradient_leaves_the_compiler_as_it_was(model, batches, unseen):
+    """What raises while Dynamo reads it is never compiled again in that process."""
+    torch.compiler.reset()  # layers of other tests would be found in its memory
+    vectors = model.get_input_embeddings()(unseen["input_ids"]).detach().requires_grad_(True)
+    with pytest.raises(ConfigError, match="no gradient"):
+        model(inputs_embeds=vectors, use_cache=False)
+    other = quantize(tiny_model("llama"), batches, QuantConfig(alpha=0.5, backend="native"))
+    after = logits_of(other, unseen)
+    torch.compiler.reset()
+    assert torch.equal(after, logits_of(model, unseen))
