@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 TABLES = ("position_embeddings", "embed_positions", "wpe")
 """How models call a table with a row for each position."""
@@ -24,7 +24,7 @@ def position_limit(model: nn.Module) -> int | None:
     """
     config: Any = model.config
     found = [_rows(item) for name, item in model.named_modules() if _is_table(name, item)]
-    found += [len(item) for name, item in model.named_buffers() if _last(name) in TABLES]
+    found += [len(table) for module in model.modules() for table in _plain_tables(module)]
     if config.model_type in BIAS_TABLES:
         found.append(int(config.max_seq_len))
     return min(found, default=None)
@@ -32,6 +32,12 @@ def position_limit(model: nn.Module) -> int | None:
 
 def _is_table(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and _last(name) in TABLES
+
+
+def _plain_tables(module: nn.Module) -> list[Tensor]:
+    """GPT-J's: a buffer, with transformers 4 an attribute."""
+    held = [getattr(module, name, None) for name in TABLES]
+    return [table for table in held if isinstance(table, Tensor)]
 
 
 def _last(name: str) -> str:
