@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from ipex_sq.config import check_choice, check_positive, setting
 from ipex_sq.errors import ConfigError
+from ipex_sq.seeds import parse_seed
 
 PREFILL, DECODE, LAMBADA, CLASSIFY = "prefill", "decode", "lambada", "classify"
 WORKLOADS = (PREFILL, DECODE, LAMBADA)
@@ -81,7 +82,7 @@ class BenchmarkConfig:
     )
     numa: bool = setting(False, "keep every instance within one NUMA node", action="store_true")
     seed: int = setting(
-        42, "seed of the random token ids, and of the choice of calibration texts", type=int
+        42, "seed of the random token ids, and of the choice of calibration texts", type=parse_seed
     )
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ipex_sq.errors import ConfigError, unknown_name
+from ipex_sq.seeds import parse_seed
 
 EMBEDDED = "embedded"
 """Name of the model and of the texts that need no download."""
@@ -222,7 +223,7 @@ class DataConfig:
         128, "calibration texts are cut to this many tokens; equal lengths batch well", type=int
     )
     limit: int | None = setting(None, "evaluate only the first N documents", type=int)
-    seed: int = setting(42, "seed of the choice of calibration texts", type=int)
+    seed: int = setting(42, "seed of the choice of calibration texts", type=parse_seed)
 
     def __post_init__(self) -> None:
         check_positive("calib_samples", self.calib_samples)
@@ -266,7 +267,7 @@ class PlantConfig:
     factor: float = setting(
         64.0, "how much larger they become; a power of two keeps every bit", type=float
     )
-    seed: int = setting(42, "seed that draws the channels", type=int)
+    seed: int = setting(42, "seed that draws the channels", type=parse_seed)
 
     def __post_init__(self) -> None:
         check_positive("channels", self.channels)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ipex_sq.config import check_positive, setting
 from ipex_sq.errors import ConfigError
+from ipex_sq.seeds import parse_seed
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ReviewConfig:
     num_samples: int = setting(128, "number of calibration texts", type=int)
     max_length: int = setting(128, "texts are cut to this many tokens", type=int)
     limit: int = setting(1000, "evaluate at most the first N reviews", type=int)
-    seed: int = setting(42, "seed of the choice of calibration texts", type=int)
+    seed: int = setting(42, "seed of the choice of calibration texts", type=parse_seed)
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_length", "limit"):
@@ -40,7 +41,7 @@ class FineTuneConfig:
     learning_rate: float = setting(1e-4, "of AdamW, falling linearly to 0", type=float)
     train_batch_size: int = setting(16, "reviews per step", type=int)
     max_length: int = setting(128, "texts are cut to this many tokens", type=int)
-    seed: int = setting(42, "seed of the head, the order and dropout", type=int)
+    seed: int = setting(42, "seed of the head, the order and dropout", type=parse_seed)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "train_batch_size", "max_length"):

@@ -27,7 +27,7 @@ LEVELS = [
     {"recipe"},
     {"review_config", "benchmark_config"},
     {"config", "system", "hub", "distributed", "logs"},
-    {"resources"},
+    {"resources", "seeds"},
     {"errors"},
 ]
 ONLY_IMPORTER = {

@@ -9,6 +9,7 @@ from ipex_sq.cli.flags import Parser, argument
 from ipex_sq.cli.running import show
 from ipex_sq.config import PRECISIONS, RANDOM_SHAPES, check_choice
 from ipex_sq.errors import ConfigError
+from ipex_sq.seeds import parse_seed
 from ipex_sq.system import parse_bytes
 
 DESCRIPTION = """\
@@ -29,7 +30,7 @@ def parser() -> Parser:
     flags.add_argument("shape", help=f"one of: {', '.join(RANDOM_SHAPES)}")
     flags.add_argument("folder", type=Path, help="where to write; must not exist, or be empty")
     flags.add_flag("dtype", default="bf16", choices=PRECISIONS, help="default: bf16")
-    flags.add_flag("seed", type=int, default=0, help="of the weights (default: 0)")
+    flags.add_flag("seed", type=parse_seed, default=0, help="of the weights (default: 0)")
     flags.add_flag(
         "max_shard_size",
         type=argument(parse_bytes),

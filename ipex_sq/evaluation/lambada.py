@@ -27,6 +27,7 @@ from ipex_sq.distributed import share
 from ipex_sq.errors import DataError, NumericalCheckError
 from ipex_sq.evaluation.pairing import perplexity_of, standard_error
 from ipex_sq.models.body import logits_at
+from ipex_sq.models.positions import position_limit
 from ipex_sq.models.vocabulary import check_token_ids
 
 logger = logging.getLogger(__name__)
@@ -206,8 +207,9 @@ _Score = tuple[bool, bool, float]
 def _encode_for(
     model: nn.Module, documents: Sequence[Document], tokenizer: Any
 ) -> list[EncodedDocument]:
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    encoded = encode_documents(documents, tokenizer, positions)
+    configured = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limits = [limit for limit in (configured, position_limit(model)) if limit is not None]
+    encoded = encode_documents(documents, tokenizer, min(limits, default=None))
     check_token_ids(model, max(max(item.ids) for item in encoded))
     return encoded
 

@@ -21,11 +21,10 @@ from ipex_sq.models.conv1d import convert_conv1d
 from ipex_sq.models.folding import smoothed_linear
 from ipex_sq.models.identity import model_sha256, tokenizer_sha256
 from ipex_sq.models.onednn import calibration_dtype, fits_packed, onednn_linears
-from ipex_sq.models.readiness import check_linears, prepare_float
+from ipex_sq.models.readiness import check_linears, prepare_float, readable_rows
 from ipex_sq.models.running import run_body, run_model
 from ipex_sq.models.sampling import sample_groups, set_apart
 from ipex_sq.models.topology import find_topology, quantizable_linears
-from ipex_sq.models.vocabulary import known_rows
 from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.batching import Batch, without_padding
 from ipex_sq.recipe.gptq import (
@@ -64,10 +63,10 @@ def calibrate(
     Raises:
         CalibrationError: No batches, a mask with holes, a Linear never reached, a value not finite.
         ConfigError: A model in bf16 or fp16.
-        DataError, UnsupportedModelError: A token beyond the embedding; nothing to quantize.
+        DataError, UnsupportedModelError: A token or position beyond it; nothing to quantize.
     """
     start = time.perf_counter()
-    rows = known_rows(model, batches)
+    rows = readable_rows(model, batches)
     _prepare(model, lm_head=lm_head)
     example = {key: value[:1] for key, value in rows[0].items()}
     short = {key: value[:, :PROBED_TOKENS] for key, value in example.items()}

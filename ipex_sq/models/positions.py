@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ipex_sq.errors import DataError
+
 TABLES = ("position_embeddings", "embed_positions", "wpe")
 """How models call a table with a row for each position."""
 
@@ -22,12 +24,30 @@ def position_limit(model: nn.Module) -> int | None:
     Args:
         model: On any device: shapes alone are read.
     """
-    config: Any = model.config
     found = [_rows(item) for name, item in model.named_modules() if _is_table(name, item)]
     found += [len(table) for module in model.modules() for table in _plain_tables(module)]
-    if config.model_type in BIAS_TABLES:
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) in BIAS_TABLES:
         found.append(int(config.max_seq_len))
     return min(found, default=None)
+
+
+def check_length(model: nn.Module, tokens: int) -> None:
+    """Refuse texts that a model has no positions for.
+
+    Args:
+        model: Float or int8.
+        tokens: Of the longest text.
+
+    Raises:
+        DataError: It would fail in the middle of its work.
+    """
+    positions = position_limit(model)
+    if positions is not None and tokens > positions:
+        raise DataError(
+            f"a text has {tokens} tokens, the model {positions} positions: cut texts to them "
+            "(--calib_max_tokens, --max_length)"
+        )
 
 
 def _is_table(name: str, module: nn.Module) -> bool:

@@ -1,13 +1,16 @@
-"""What a float model must be before it is calibrated."""
+"""What a float model and its texts must be before it is calibrated."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
 from ipex_sq.errors import CalibrationError, ConfigError
+from ipex_sq.models.positions import check_length
+from ipex_sq.models.vocabulary import check_token_ids
+from ipex_sq.recipe.batching import Batch, without_padding
 
 SMALLEST_FLOAT_BYTES = 4
 
@@ -26,6 +29,19 @@ def prepare_float(model: nn.Module) -> None:
                 "Smoothing and its proof need fp32, what stays float gets its dtype from the config"
             )
     model.eval()
+
+
+def readable_rows(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
+    """Texts without padding (`without_padding`) that the model has tokens and positions for.
+
+    Raises:
+        CalibrationError: See `without_padding`.
+        DataError: See `check_token_ids`, `check_length`.
+    """
+    rows = without_padding(batches)
+    check_token_ids(model, max(int(row["input_ids"].max()) for row in rows))
+    check_length(model, max(row["input_ids"].shape[1] for row in rows))
+    return rows
 
 
 def check_linears(linears: Mapping[str, nn.Linear]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ipex_sq.errors import DataError
-from ipex_sq.recipe.batching import Batch, without_padding
 
 _FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """What tokenizers keep their vocabulary in."""
@@ -73,18 +71,6 @@ def check_token_ids(model: nn.Module, most: int) -> None:
             f"the texts hold token {most}, the model knows 0 to {embedded - 1}: the tokenizer is "
             "another model's, or has added tokens that the model was not resized for"
         )
-
-
-def known_rows(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
-    """Texts without padding (`without_padding`), all of whose tokens the model embeds.
-
-    Raises:
-        CalibrationError: See `without_padding`.
-        DataError: See `check_token_ids`.
-    """
-    rows = without_padding(batches)
-    check_token_ids(model, max(int(row["input_ids"].max()) for row in rows))
-    return rows
 
 
 def _embedded(model: nn.Module) -> int | None:

@@ -21,7 +21,7 @@ from ipex_sq.checkpoint.folders import check_writable
 from ipex_sq.checkpoint.integrity import file_sha256
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import ConfigError
-from ipex_sq.models.vocabulary import known_rows
+from ipex_sq.models.readiness import readable_rows
 from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.streaming.blocks import StreamedModel
@@ -124,7 +124,7 @@ def quantize_folder(
     wanted = rounding(config, NativeBackend())
     reset_peak_rss()
     model, texts = StreamedModel(source), dict(texts or {})
-    rows = known_rows(model.model, batches)
+    rows = readable_rows(model.model, batches)
     needs = estimate(model, rows, hessians=wanted.needs_hessians)
     journal = Journal(place.with_name(f".{place.name}.partial"))
     check_needs(needs, limits.max_memory, journal.folder)

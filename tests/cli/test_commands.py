@@ -69,6 +69,8 @@ BAD_FLAGS = [
     (["--int8", "--backend", "native,ipex"], "--compare"),
     (["--compare", "--int8"], "leave --int8"),
     (["--batch_size", "0"], "batch_size must be at least 1"),
+    (["--seed", "-1"], "whole number from 0"),
+    (["--seed", "99999999999999999999"], "whole number from 0"),
     (["--limit", "x"], "--limit"),
     (["--bogus"], "--bogus"),
     (["--dtype", "fp8"], "--dtype"),
