@@ -20,6 +20,7 @@ namespace ipex_sq {
 
 constexpr int64_t kTilesPerGroup = 4; // their weights stay in a core's cache, and are 1 KiB of a row of logits
 constexpr int64_t kRowsPerCall = 64;
+constexpr int64_t kSharedOut = 128; // up to so many rows, cores share them out in calls of half as many
 constexpr int64_t kMostProducts = std::numeric_limits<int32_t>::max() / (255 * 127); // in a sum, in any case
 
 inline void check(const at::Tensor& x, int64_t in_features) {
@@ -130,16 +131,18 @@ struct alignas(kLine) Line {
 // `products` products.
 template <typename Work>
 void over_tiles(int64_t tiles, int64_t rows, int64_t products, const Work& work) {
-  const int64_t blocks = (rows + kRowsPerCall - 1) / kRowsPerCall;
+  const int64_t most = rows > kSharedOut ? kRowsPerCall : kRowsPerCall / 2;
+  const int64_t blocks = (rows + most - 1) / most;
+  const int64_t least = rows > kMostFetched ? 1 : kTilesPerGroup; // tasks that another core is woken for
   // A group of tiles stays in the cache for all blocks of rows, and a block for the tiles of a group.
-  at::parallel_for(0, tiles * blocks, kTilesPerGroup, [&](int64_t begin, int64_t end) {
-    std::vector<Line> sums(products * std::min(rows, kRowsPerCall) * kVectors);
+  at::parallel_for(0, tiles * blocks, least, [&](int64_t begin, int64_t end) {
+    std::vector<Line> sums(products * std::min(rows, most) * kVectors);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / (kTilesPerGroup * blocks) * kTilesPerGroup; // its first tile
       const int64_t width = std::min(kTilesPerGroup, tiles - group);
       const int64_t place = task - group * blocks;
-      const int64_t row = place / width * kRowsPerCall;
-      work(group + place % width, Rows{row, std::min(kRowsPerCall, rows - row)}, sums.front().words);
+      const int64_t row = place / width * most;
+      work(group + place % width, Rows{row, std::min(most, rows - row)}, sums.front().words);
     }
     end_of_stream();
     at::native::cpublas::brgemm_release();
