@@ -63,7 +63,7 @@ def calibrate(
     Raises:
         CalibrationError: No batches, a mask with holes, a Linear never reached, a value not finite.
         ConfigError: A model in bf16 or fp16.
-        DataError, UnsupportedModelError: A token or position beyond it; nothing to quantize.
+        DataError, UnsupportedModelError: Texts that it cannot read; nothing to quantize.
     """
     start = time.perf_counter()
     rows = readable_rows(model, batches)
