@@ -10,6 +10,7 @@ from ipex_sq.models.folding import replace_linear, smoothed_linear
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.qparams import (
     ActivationQParams,
+    TokenParts,
     fake_quantize_activation,
     fake_quantize_tokens,
     fake_quantize_weight,
@@ -45,12 +46,19 @@ class SimulatedInt8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
         if self.activation is None:
-            rounded = fake_quantize_tokens(x)
+            rounded = _per_token(x, self.channels)
         else:
             if self.channels is not None:
                 x = _end_to_end(x, self.channels, self.activation)
             rounded = fake_quantize_activation(x, self.activation)
         return functional.linear(rounded, self.weight, self.bias).to(x.dtype)
+
+
+def _per_token(shares: Tensor, channels: Tensor | None) -> Tensor:
+    if channels is None:
+        return fake_quantize_tokens(shares)
+    width = shares.shape[-1] - len(channels)
+    return fake_quantize_tokens(shares[..., :width], TokenParts.of(channels, width))
 
 
 def _end_to_end(shares: Tensor, channels: Tensor, activation: ActivationQParams) -> Tensor:

@@ -19,7 +19,7 @@ from ipex_sq.system import cache_directory, cpu_flags, int8_isa, usable_flags
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = ("brgemm.cpp", "levels.cpp", "attention.cpp")
+_SOURCES = ("brgemm.cpp", "rounding.cpp", "levels.cpp", "attention.cpp")
 _HEADERS = (
     *("vectors.h", "tile.h", "few_rows.h", "tile_output.h", "int8_product.h", "activation.h"),
     *("softmax.h", "prompt_attention.h", "step_attention.h"),
@@ -203,10 +203,13 @@ def _shapes_of_rows(
     return [levels.new_empty((*shape, scale.shape[0]), dtype=dtype) for scale in weight_scales]
 
 
-def _shape_of_tokens(x: Tensor, multiplier: Tensor, least: float) -> tuple[Tensor, Tensor]:
+def _shape_of_tokens(
+    x: Tensor, multiplier: Tensor, least: float, channels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     del multiplier, least
-    scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return torch.empty_like(x, dtype=torch.uint8), scales
+    copies = 0 if channels is None else channels.shape[0]
+    levels = x.new_empty((*x.shape[:-1], x.shape[-1] + copies), dtype=torch.uint8)
+    return levels, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 def _shape_of_levels(

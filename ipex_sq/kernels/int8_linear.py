@@ -18,11 +18,12 @@ from ipex_sq.recipe.qparams import (
     ACTIVATION_LEVELS,
     TOKEN_ZERO_POINT,
     ActivationQParams,
+    TokenParts,
 )
-from ipex_sq.recipe.splitting import append_copies, before_parts, checked_channels, number_of_parts
+from ipex_sq.recipe.splitting import before_parts, checked_channels, number_of_parts
 
 STORED_INPUT = ("multiplier", "channels", "input_scale", "input_zero_point")
-INPUT_BUFFERS = (*STORED_INPUT, "held_low", "held_high")
+INPUT_BUFFERS = (*STORED_INPUT, "parts", "held_low", "held_high")
 """What `Int8Linear.set_input` sets: the same for all readers of a tensor."""
 
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
@@ -47,8 +48,9 @@ class Int8Linear(nn.Module):
         multiplier: `[in_features - copies]`, 1 / (smoothing scale * activation scale), fp32; per
             token 1 / (smoothing scale * parts).
         channels: `[copies]`, sorted, channels with further parts (`splitting.py`), or None.
-        held_low, held_high: `[copies]` fp32, levels that the parts before each copy hold; None per
-            token or without copies.
+        parts: `[in_features - copies]` fp32, how many each channel has; None with a static scale or
+            without copies.
+        held_low, held_high: `[copies]` fp32, levels that the parts before each copy hold, or None.
         input_scale: Scalar fp32, 1 per token; a tensor, because a Python float would be compiled
             in and make every layer a graph of its own.
         input_zero_point: Scalar int32.
@@ -63,6 +65,7 @@ class Int8Linear(nn.Module):
 
     multiplier: Tensor
     channels: Tensor | None
+    parts: Tensor | None
     held_low: Tensor | None
     held_high: Tensor | None
     input_scale: Tensor
@@ -156,11 +159,15 @@ class Int8Linear(nn.Module):
         self._set_channels(channels)
 
     def _set_channels(self, channels: Tensor | None) -> None:
+        parts: Tensor | None = None
         held: tuple[Tensor | None, Tensor | None] = (None, None)
-        if channels is not None and not self.per_token:
+        if channels is not None and self.per_token:
+            _, parts, held = TokenParts.of(channels, self.multiplier.numel())
+        elif channels is not None:
             zero_point = int(self.input_zero_point)
             held = before_parts(channels, -zero_point, ACTIVATION_LEVELS - zero_point)
         self.register_buffer("channels", channels)
+        self.register_buffer("parts", parts, persistent=False)
         self.register_buffer("held_low", held[0], persistent=False)
         self.register_buffer("held_high", held[1], persistent=False)
 
@@ -261,9 +268,12 @@ class Int8Linear(nn.Module):
             copies = self.channels, self.held_low, self.held_high
             return input_levels(x, self.multiplier, self.input_zero_point, copies), self.input_scale
         # Without oneDNN's layout brgemm is there, and with it rounding in one pass.
-        levels, scale = token_levels(x, self.multiplier, one_pass=self.packed is None)
-        # Parts have equal levels, and bytes are cheaper to copy than floats.
-        return append_copies(levels, self.channels), scale
+        return token_levels(x, self.multiplier, self._token_parts, one_pass=self.packed is None)
+
+    @property
+    def _token_parts(self) -> TokenParts | None:
+        fields = self.channels, self.parts, (self.held_low, self.held_high)
+        return None if self.channels is None else TokenParts(*fields)  # type: ignore[arg-type]
 
     def _multiply_rows(self, levels: Tensor, scale: Tensor) -> Tensor:
         weight = self.row_weight, self.row_sums, self.weight_scale, self.bias

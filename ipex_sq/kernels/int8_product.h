@@ -29,6 +29,14 @@ inline void check(const at::Tensor& x, int64_t in_features) {
   TORCH_CHECK(x.is_contiguous(), "the input must be contiguous");
 }
 
+inline void check_channels(const at::Tensor& channels, int64_t in_features) {
+  TORCH_CHECK(channels.is_contiguous(), "channels must be contiguous");
+  const int64_t copies = channels.numel();
+  const int64_t* of = channels.const_data_ptr<int64_t>();
+  TORCH_CHECK(std::is_sorted(of, of + copies), "channels must be sorted");
+  TORCH_CHECK(copies == 0 || (of[0] >= 0 && of[copies - 1] < in_features), "channels beyond the input");
+}
+
 // What static rounding of [..., in_features] goes by. Kernels read inputs by the channels.
 inline void check_rounding(
     const at::Tensor& multiplier,
@@ -43,11 +51,8 @@ inline void check_rounding(
   if (!channels) return;
   const int64_t copies = channels->numel();
   TORCH_CHECK(held_low->numel() == copies && held_high->numel() == copies, "two levels for each copy of a channel");
-  TORCH_CHECK(channels->is_contiguous() && held_low->is_contiguous() && held_high->is_contiguous(),
-              "channels and what they hold must be contiguous");
-  const int64_t* of = channels->const_data_ptr<int64_t>();
-  TORCH_CHECK(std::is_sorted(of, of + copies), "channels must be sorted");
-  TORCH_CHECK(copies == 0 || (of[0] >= 0 && of[copies - 1] < multiplier.numel()), "channels beyond the input");
+  TORCH_CHECK(held_low->is_contiguous() && held_high->is_contiguous(), "what channels hold must be contiguous");
+  check_channels(*channels, multiplier.numel());
 }
 
 inline at::Tensor empty_output(const at::Tensor& x, int64_t out_features, at::ScalarType dtype) {

@@ -9,6 +9,7 @@ from ipex_sq.kernels.brgemm import brgemm_built
 from ipex_sq.recipe.qparams import (
     ACTIVATION_LEVELS,
     SMALLEST_SCALE,
+    TokenParts,
     quantize_tokens,
     token_scale,
 )
@@ -26,23 +27,29 @@ def input_levels(x: Tensor, multiplier: Tensor, zero_point: Tensor, copies: Copi
     return levels
 
 
-def token_levels(x: Tensor, multiplier: Tensor, *, one_pass: bool) -> tuple[Tensor, Tensor]:
+def token_levels(
+    x: Tensor, multiplier: Tensor, parts: TokenParts | None, *, one_pass: bool
+) -> tuple[Tensor, Tensor]:
     """Round x `[..., in_features - copies]` per token to uint8 levels around 128.
 
     Args:
         x: Any float.
         multiplier: See `Int8Linear`.
+        parts: Of channels in parts, or None.
         one_pass: By the kernel, which must be there.
 
     Returns:
-        Levels of the shape of x, and their scales `[..., 1]`, fp32.
+        Levels `[..., in_features]`, and their scales `[..., 1]`, fp32.
     """
     if one_pass:
-        levels, scale = torch.ops.ipex_sq.round_tokens(x.contiguous(), multiplier, SMALLEST_SCALE)
+        channels = None if parts is None else parts.channels
+        levels, scale = torch.ops.ipex_sq.round_tokens(
+            x.contiguous(), multiplier, SMALLEST_SCALE, channels
+        )
         return levels, scale
-    x = x.float() * multiplier
-    scale = token_scale(x)
-    return quantize_tokens(x, scale), scale
+    shares = x.float() * multiplier
+    scale = token_scale(shares)
+    return quantize_tokens(shares, scale, parts), scale
 
 
 def static_levels(x: Tensor, multiplier: Tensor, zero_point: Tensor, copies: Copies) -> Tensor:

@@ -209,11 +209,12 @@ def _group_inputs(
 ) -> GroupInputs:
     """What a group's plan is made of; channels get parts where alpha is searched."""
     readers = [weights[name].detach().float() for name in group.readers]
+    width = readers[0].shape[1]
     splits = wanted.searches_alpha and not wanted.portable
     return GroupInputs(
         stats=stats.linears[group.key],
         weights=readers,
-        copies=number_of_copies(readers[0].shape[1]) if splits else 0,
+        copies=number_of_copies(width, head=group.key == stats.head) if splits else 0,
         sample=stats.samples.get(group.key),
         unsampled_stats=stats.unsampled.get(group.key),
         producer_channels=group.producer_channels,

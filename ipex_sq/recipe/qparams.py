@@ -8,12 +8,13 @@ Weights: int8, symmetric, per output channel, scale = absmax / 127, q in [-127, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ipex_sq.recipe.row_blocks import row_blocks
-from ipex_sq.recipe.splitting import append_copies, append_rest, before_parts, number_of_parts
+from ipex_sq.recipe.splitting import append_rest, before_parts, number_of_parts
 from ipex_sq.system import EXACT_INT8_ISA, int8_isa
 
 ACTIVATION_LEVELS = 255
@@ -69,21 +70,58 @@ def _activation_levels(x: Tensor, qparams: ActivationQParams) -> Tensor:
     return levels.clamp_(0, ACTIVATION_LEVELS)
 
 
+class TokenParts(NamedTuple):
+    """How channels of an input that is rounded per token are written down in parts.
+
+    Attributes:
+        channels: `[copies]`, sorted.
+        number: `[in_features]`, parts of each channel.
+        held: From `before_parts`, in levels.
+    """
+
+    channels: Tensor
+    number: Tensor
+    held: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, channels: Tensor, in_features: int) -> TokenParts:
+        """Of an input of that width, `channels` being those that have copies."""
+        held = before_parts(channels, -TOKEN_MAXIMUM, TOKEN_MAXIMUM)
+        return cls(channels, number_of_parts(channels, in_features), held)
+
+
 def token_scale(x: Tensor) -> Tensor:
     """Scale `[..., 1]` of each token of x `[..., in_features]`: its absmax / 127."""
     absmax = x.detach().float().abs().amax(dim=-1, keepdim=True)
     return (absmax / TOKEN_MAXIMUM).clamp(min=SMALLEST_SCALE)
 
 
-def quantize_tokens(x: Tensor, scale: Tensor) -> Tensor:
-    """Round x `[..., in_features]` by `scale` `[..., 1]` to uint8 around `TOKEN_ZERO_POINT`."""
-    return ((x.float() / scale).round_() + TOKEN_ZERO_POINT).to(torch.uint8)
+def quantize_tokens(shares: Tensor, scale: Tensor, parts: TokenParts | None = None) -> Tensor:
+    """Round tokens to uint8 around `TOKEN_ZERO_POINT`.
+
+    Args:
+        shares: `[..., in_features]`, of a channel in n parts an n-th.
+        scale: `[..., 1]`, their `token_scale`.
+        parts: Of channels in parts, or None.
+
+    Returns:
+        `[..., in_features + copies]`.
+    """
+    return (_signed_levels(shares, scale, parts) + TOKEN_ZERO_POINT).to(torch.uint8)
 
 
-def fake_quantize_tokens(x: Tensor) -> Tensor:
-    """The fp32 values that the levels of x stand for when each token has its own scale."""
-    scale = token_scale(x)
-    return (x.float() / scale).round_().mul_(scale)
+def fake_quantize_tokens(shares: Tensor, parts: TokenParts | None = None) -> Tensor:
+    """The fp32 values that the levels of tokens stand for: see `quantize_tokens`."""
+    scale = token_scale(shares)
+    return _signed_levels(shares, scale, parts).mul_(scale)
+
+
+def _signed_levels(shares: Tensor, scale: Tensor, parts: TokenParts | None) -> Tensor:
+    if parts is None:
+        return (shares.float() / scale).round_()
+    whole = (shares.float() * parts.number / scale).round_()
+    rest = append_rest(whole, parts.channels, parts.held)
+    return rest.clamp_(-TOKEN_MAXIMUM, TOKEN_MAXIMUM)
 
 
 def round_rows(
@@ -101,9 +139,10 @@ def round_rows(
         `[n, 1]`.
     """
     if activation is None:
-        shares = rows / number_of_parts(channels, rows.shape[-1])
+        parts = None if channels is None else TokenParts.of(channels, rows.shape[-1])
+        shares = rows if parts is None else rows / parts.number
         step = token_scale(shares)
-        return append_copies(quantize_tokens(shares, step), channels), TOKEN_ZERO_POINT, step
+        return quantize_tokens(shares, step, parts), TOKEN_ZERO_POINT, step
     if channels is not None:
         rows = append_rest(rows, channels, before_parts(channels, *activation.ends))
     return quantize_activation(rows, activation), activation.zero_point, activation.scale

@@ -7,8 +7,8 @@ column and a range of its own, laid end to end: part 0 holds what lies in [low, 
 lies beyond, in twice that range, and so on. n parts are n times the levels for that channel. All of
 it is exact in float; the price is a few more columns.
 
-Inputs that are rounded per token have no range to lay end to end: there each part holds an equal
-share.
+Inputs that are rounded per token have a range of their own each, as wide as the largest share of a
+channel makes it; their parts are laid end to end in levels of that step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ CHANNELS_PER_COPY = 48
 """Twice as many copies gained nothing more on SmolLM2-135M (docs/log.md): once all channels have
 the same range, none has room for what calibration has not seen."""
 
+CHANNELS_PER_COPY_OF_HEAD = 12
+"""A head's errors go into the logits as they are, and its input has a range for each token, so that
+nothing is clipped: more copies go on to gain (docs/log.md)."""
+
 MOST_PRODUCTS = (2**31 - 1) // (255 * 127)
 """Of levels with weights, that an int32 sum always holds: 66,311 columns, with copies."""
 
@@ -27,9 +31,10 @@ GROUP = 4
 """Copies come in multiples of this: int8 kernels add up four products at a time."""
 
 
-def number_of_copies(in_features: int) -> int:
-    """How many copies a Linear of this width gets, over all of its channels."""
-    return GROUP * -(-in_features // (GROUP * CHANNELS_PER_COPY))
+def number_of_copies(in_features: int, *, head: bool = False) -> int:
+    """How many copies a Linear of this width, or a head, gets over all of its channels."""
+    share = CHANNELS_PER_COPY_OF_HEAD if head else CHANNELS_PER_COPY
+    return GROUP * -(-in_features // (GROUP * share))
 
 
 def split_channels(ranges: Tensor, copies: int) -> Tensor:

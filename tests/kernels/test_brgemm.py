@@ -15,6 +15,7 @@ from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
     SMALLEST_SCALE,
     ActivationQParams,
+    TokenParts,
     quantize_tokens,
     token_scale,
 )
@@ -266,6 +267,28 @@ def test_tokens_are_rounded_as_the_recipe_says(dtype):
     smoothed = x.float() * multiplier
     assert torch.equal(scale, token_scale(smoothed))
     assert torch.equal(levels, quantize_tokens(smoothed, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tokens_in_parts_are_rounded_as_the_recipe_says(dtype):
+    assert brgemm_built()
+    torch.manual_seed(0)
+    x, channels = torch.randn(2, 70, 100), torch.tensor([0, 7, 7, 7, 50, 50, 99, 99])
+    x[..., 7] *= 100.0
+    x[0, 1], x[0, 2, 7], x[0, 3, 50] = 0.0, 1e30, -torch.inf
+    x = x.to(dtype)
+    parts = TokenParts.of(channels, 100)
+    multiplier = (torch.rand(100) + 0.5) / parts.number
+    levels, scale = torch.ops.ipex_sq.round_tokens(x, multiplier, SMALLEST_SCALE, channels)
+    shares = x.float() * multiplier
+    assert torch.equal(scale, token_scale(shares))
+    finite = scale[..., 0].isfinite()
+    assert (~finite).sum() == 1
+    assert torch.equal(levels[finite], quantize_tokens(shares, scale, parts)[finite])
+    with pytest.raises(RuntimeError, match="sorted"):
+        torch.ops.ipex_sq.round_tokens(x, multiplier, SMALLEST_SCALE, channels.flip(0))
+    with pytest.raises(RuntimeError, match="beyond"):
+        torch.ops.ipex_sq.round_tokens(x, multiplier, SMALLEST_SCALE, channels + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

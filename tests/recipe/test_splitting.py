@@ -54,15 +54,25 @@ def test_a_channel_in_parts_is_rounded_with_the_step_of_one_part(activation):
     assert whole.scale > 2 * step
 
 
-def test_per_token_each_part_holds_an_equal_share():
+def test_per_token_a_channel_in_parts_is_rounded_with_the_step_of_one_part():
     channels = torch.tensor([3] * 7)
     x = _rows().float()
     levels, zero_point, step = round_rows(x, None, channels)
-    assert torch.equal(levels[:, 16:], levels[:, 3:4].expand(-1, 7))
     values = (levels.float() - zero_point) * step
     total = values[:, :16].index_add(1, channels, values[:, 16:])
-    most = number_of_parts(channels, 16)
-    assert bool(((total - x).abs() <= 0.5 * most * step + 1e-4).all())
+    assert bool(((total - x).abs() <= 0.5 * step + 1e-4).all())
+    _, _, whole = round_rows(x, None)
+    assert float(whole[0]) > 7 * float(step[0])  # the massive token's
+
+
+def test_per_token_the_largest_value_fills_all_parts_and_a_small_one_the_first():
+    channels = torch.tensor([3, 3])
+    x = torch.zeros(2, 16)
+    x[:, 3] = torch.tensor([-300.0, 0.5])
+    x[1, 7] = 1.0
+    levels, zero_point, _ = round_rows(x, None, channels)
+    parts = levels[:, [3, 16, 17]].int() - zero_point
+    assert parts.tolist() == [[-127, -127, -127], [64, 0, 0]]
 
 
 def test_equal_shares_times_copied_columns_change_nothing():
@@ -83,8 +93,9 @@ def test_the_largest_part_is_always_split_next():
     assert parts == sorted(parts, reverse=True)
 
 
+@pytest.mark.parametrize(("head", "share"), [(False, 48), (True, 12)])
 @pytest.mark.parametrize("width", [1, 48, 576, 1536, 1537, 11008])
-def test_copies_come_in_fours_and_stay_few(width):
-    copies = number_of_copies(width)
+def test_copies_come_in_fours_and_stay_few(width, head, share):
+    copies = number_of_copies(width, head=head)
     assert copies % 4 == 0
-    assert width / 48 <= copies < width / 48 + 4
+    assert width / share <= copies < width / share + 4
