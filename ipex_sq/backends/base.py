@@ -24,14 +24,12 @@ class Backend(ABC):
         float_dtype: Precision of what stays float, unless the user says otherwise.
         kernels: What runs the int8 Linears, for the report.
         rounds_tokens: Whether it executes Linears whose input is rounded per token.
-        quantizes_head: Whether a language model's head can be one of them.
     """
 
     name: str
     float_dtype: str = "fp32"
     kernels: str = ""
     rounds_tokens: bool = False
-    quantizes_head: bool = False
 
     @abstractmethod
     def unsupported_reasons(self) -> list[str]:

@@ -25,8 +25,10 @@ from ipex_sq.compiling.compiled_layers import compiler_problem
 from ipex_sq.errors import BackendUnavailableError, NumericalCheckError
 from ipex_sq.kernels.brgemm import brgemm_built
 from ipex_sq.kernels.head import widen_logits
+from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.body import BodyForTracing, ReplacedBody, replace_body
 from ipex_sq.models.folding import replace_module, smoothed_linear
+from ipex_sq.models.topology import language_head
 from ipex_sq.recipe.plan import DYNAMIC_INT8, STATIC_INT8, LinearPlan, PreScale, QuantPlan
 from ipex_sq.recipe.qparams import ActivationQParams
 from ipex_sq.recipe.splitting import append_rest, before_parts
@@ -92,7 +94,7 @@ class IpexBackend(Backend):
     """IPEX's graph compiler on oneDNN.
 
     It rounds activations per tensor only. Linears that the plan rounds per token run inside its
-    graph as an operator of our own.
+    graph as an operator of our own; so does a language model's head, behind the graph.
     """
 
     name = "ipex"
@@ -109,16 +111,15 @@ class IpexBackend(Backend):
         return f"IPEX oneDNN graph {int8_isa()}"
 
     def unsupported_reasons(self) -> list[str]:
-        """Not installed, another version than 2.8, a transformers it cannot intercept, old CPU."""
+        """Not installed, another version, a transformers it cannot intercept, old CPU."""
         version = installed_version(PACKAGE)
         if version is None:
             return ["intel-extension-for-pytorch is not installed: use requirements.txt"]
         reasons = []
         torch_release = ".".join(torch.__version__.split(".")[:2])
         if not version.startswith(IPEX_VERSION) or torch_release != IPEX_VERSION:
-            reasons.append(
-                f"IPEX {version} with torch {torch.__version__}: both must be {IPEX_VERSION}"
-            )
+            found = f"IPEX {version} with torch {torch.__version__}"
+            reasons.append(f"{found}: both must be {IPEX_VERSION}")
         transformers = installed_version("transformers") or "0.0"
         if tuple(int(part) for part in transformers.split(".")[:2]) >= TRANSFORMERS_BELOW:
             reasons.append(f"transformers {transformers}: IPEX works up to 4.52")
@@ -134,13 +135,15 @@ class IpexBackend(Backend):
             NumericalCheckError: IPEX would run other Linears in int8 than the plan says.
         """
         names, inputs = tracing_inputs(example)
+        head = language_head(model)
         for name in plan.names(DYNAMIC_INT8):
-            replace_module(model, name, _per_token_linear(model, plan, name, dtype))
+            linear = _per_token_linear(model, plan, name, wide=name == head)
+            replace_module(model, name, linear.to(DTYPES[dtype]))
         for name in plan.names(STATIC_INT8):
             activation = plan.linears[name].activation
             assert activation is not None  # noqa: S101
-            linear, prescale = smoothed_linear(model, name), plan.prescale_of(name)
-            replace_module(model, name, PreparedInput(linear, prescale, activation))
+            smoothed, prescale = smoothed_linear(model, name), plan.prescale_of(name)
+            replace_module(model, name, PreparedInput(smoothed, prescale, activation))
         body = BodyForTracing(model.base_model, names).eval()  # type: ignore[arg-type]
         with quiet_ipex(), torch.no_grad(), _autocast(dtype):
             frozen = _graph(body, plan, inputs, str(model.base_model_prefix))
@@ -151,9 +154,9 @@ class IpexBackend(Backend):
         return with_graph(model, frozen, dtype, names)
 
 
-def _per_token_linear(model: nn.Module, plan: QuantPlan, name: str, dtype: str) -> nn.Module:
+def _per_token_linear(model: nn.Module, plan: QuantPlan, name: str, *, wide: bool) -> Int8Linear:
     linear = int8_linear(model, plan, name)
-    linear.output_dtype = DTYPES[dtype]
+    linear.wide_output = wide
     if not linear.only_rows():
         reason = f"{name!r} cannot be rounded per token: use --activations static"
         raise BackendUnavailableError(IpexBackend.name, [reason])
@@ -278,9 +281,7 @@ def _write_linear(operator: dict[str, Any], item: LinearPlan) -> None:
 
 
 def _autocast(dtype: str) -> contextlib.AbstractContextManager[Any]:
-    if dtype == "bf16":
-        return torch.autocast("cpu", dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16")
 
 
 @contextlib.contextmanager

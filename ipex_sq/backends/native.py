@@ -26,7 +26,6 @@ class NativeBackend(Backend):
     name = "native"
     float_dtype = "bf16"
     rounds_tokens = True
-    quantizes_head = True
 
     @property
     def kernels(self) -> str:  # type: ignore[override]

@@ -110,15 +110,10 @@ def rounding(config: QuantConfig, backend: Backend) -> Rounding:
     if wanted is None:
         mixes = config.searches_alpha and backend.rounds_tokens and not config.portable
         wanted = MIXED if mixes else STATIC
-    if wanted != STATIC and not backend.rounds_tokens:
+    if (wanted != STATIC or config.quant_lm_head) and not backend.rounds_tokens:
         raise ConfigError(
-            f"backend {backend.name!r} rounds per tensor only: use --activations static, or "
-            "--backend native"
-        )
-    if config.quant_lm_head and not backend.quantizes_head:
-        raise ConfigError(
-            f"backend {backend.name!r} keeps the head float: leave --quant_lm_head out, or use "
-            "--backend native"
+            f"backend {backend.name!r} rounds per tensor only: use --activations static without "
+            "--quant_lm_head, or --backend native"
         )
     if config.quant_lm_head and config.portable:
         raise ConfigError("--portable goes without --quant_lm_head: other formats keep it float")

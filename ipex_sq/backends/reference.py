@@ -73,7 +73,6 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     rounds_tokens = True
-    quantizes_head = True
     kernels = "fp32 simulation"
 
     def unsupported_reasons(self) -> list[str]:

@@ -78,7 +78,9 @@ class SavedModel:
         state = model.state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         for name in self.plan.int8_names:
-            shapes |= self._int8_shapes(name, shapes.pop(f"{name}.weight", ()))
+            channels = self._shards.shapes.get(f"{name}.channels", (0,))
+            fields = int8_shapes(shapes.pop(f"{name}.weight", ()), channels)
+            shapes |= {f"{name}.{field}": shape for field, shape in fields.items()}
             try:
                 replace_module(model, name, _Vacancy())
             except AttributeError:
@@ -116,21 +118,6 @@ class SavedModel:
     def _size(self, name: str) -> int:
         return math.prod(self._shape(name))
 
-    def _int8_shapes(self, name: str, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of the int8 form of a Linear whose weight has shape `weight`."""
-        out_features, in_features = weight or (0, 0)
-        channels = self._shards.shapes.get(f"{name}.channels", (0,))
-        shapes: dict[str, tuple[int, ...]] = {
-            "weight": (out_features, in_features + channels[0]),
-            "weight_scale": (out_features,),
-            "bias": (out_features,),
-            "multiplier": (in_features,),
-            "channels": channels,
-            "input_scale": (),
-            "input_zero_point": (),
-        }
-        return {f"{name}.{field}": shape for field, shape in shapes.items()}
-
     def _int8_linear(self, name: str, memory: WeightMemory) -> Int8Linear:
         tensors = self._shards.read(f"{name}.")
         per_token = self.plan.linears[name].mode == DYNAMIC_INT8
@@ -154,3 +141,22 @@ class SavedModel:
         return CheckpointError(
             f"{self.folder} does not fit its config or lacks a tensor: {', '.join(names[:3])}"
         )
+
+
+def int8_shapes(weight: tuple[int, ...], channels: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what is stored of an int8 Linear, by field.
+
+    Args:
+        weight: Shape of the float weight, or empty where there was none.
+        channels: Shape of the channels in parts, `[copies]`.
+    """
+    out_features, in_features = weight or (0, 0)
+    return {
+        "weight": (out_features, in_features + channels[0]),
+        "weight_scale": (out_features,),
+        "bias": (out_features,),
+        "multiplier": (in_features,),
+        "channels": channels,
+        "input_scale": (),
+        "input_zero_point": (),
+    }

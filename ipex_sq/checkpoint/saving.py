@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from ipex_sq import __version__
 from ipex_sq.backends.base import DTYPES
-from ipex_sq.backends.ipex import (
-    IpexBackend,
-    load_graph,
-    tracing_inputs,
-    warm_up,
-    with_graph,
-)
+from ipex_sq.backends.ipex import IpexBackend
 from ipex_sq.backends.native import NativeBackend
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.checkpoint.card import model_card
@@ -33,18 +27,17 @@ from ipex_sq.checkpoint.folders import (
     read_manifest,
     write_manifest,
 )
-from ipex_sq.checkpoint.integrity import check_file, check_folder, check_transformers, digests
-from ipex_sq.checkpoint.plans import load_plan, save_plan
+from ipex_sq.checkpoint.graphs import GRAPH, load_ipex
+from ipex_sq.checkpoint.integrity import check_file, check_transformers, digests
+from ipex_sq.checkpoint.plans import save_plan
 from ipex_sq.checkpoint.replacing import replace_folder
-from ipex_sq.checkpoint.shards import MAX_SHARD_SIZE, Shards, write_shards
+from ipex_sq.checkpoint.shards import MAX_SHARD_SIZE, write_shards
 from ipex_sq.errors import CheckpointError, ConfigError
 from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.body import ReplacedBody
-from ipex_sq.models.loading import load_quantized, skeleton, task_of
+from ipex_sq.models.loading import load_quantized, task_of
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.system import package_versions
-
-GRAPH = "graph.pt"
 
 
 def check_savable(backend: str) -> None:
@@ -162,7 +155,7 @@ def load(folder: str | Path) -> nn.Module:
         )
     choose_backend(manifest["backend"])
     if manifest["backend"] == IpexBackend.name:
-        return _load_ipex(source)
+        return load_ipex(source)
     check_transformers(manifest)
     check_file(source, manifest, CONFIG)  # it sends transformers to the quantizer, which checks all
     return load_quantized(source, manifest["attention"], manifest["task"])
@@ -200,10 +193,10 @@ def _save_pretrained(
 
 
 def _kind(model: nn.Module) -> str | None:
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
-        return NativeBackend.name
     if isinstance(getattr(model, "base_model", None), ReplacedBody):
         return IpexBackend.name
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        return NativeBackend.name
     return None
 
 
@@ -265,36 +258,3 @@ def _manifest(model: nn.Module, kind: str, folder: Path) -> dict[str, Any]:
         "versions": package_versions(),
         "sha256": digests(folder),
     }
-
-
-def _load_ipex(folder: Path) -> nn.Module:
-    manifest = check_folder(folder)
-    model = skeleton(folder, manifest["attention"], manifest["task"])
-    ids = torch.ones(1, 8, dtype=torch.long)
-    names, inputs = tracing_inputs(dict.fromkeys(manifest["inputs"], ids))
-    graph = warm_up(load_graph(folder / GRAPH), inputs)
-    setattr(model, str(model.base_model_prefix), nn.Identity())
-    _assign(model, Shards(folder).read())
-    model = with_graph(model, graph, manifest["dtype"], names)
-    model.quant_plan = load_plan(folder)  # type: ignore[assignment]
-    model.quant_dtype = manifest["dtype"]
-    model.made_from = manifest["made_from"]
-    return model.eval()
-
-
-def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give every parameter its tensor.
-
-    Raises:
-        CheckpointError: A tensor is missing, unexpected or of another shape.
-    """
-    try:
-        _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint does not fit its config: {error}") from error
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    if left or unexpected:
-        raise CheckpointError(
-            f"the checkpoint does not fit its config: missing {left[:3]}, "
-            f"unexpected {unexpected[:3]}"
-        )

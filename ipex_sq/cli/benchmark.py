@@ -65,7 +65,7 @@ def parser() -> Parser:
     flags.add_flag(
         "quant_lm_head",
         action="store_true",
-        help=f"{setting_help(QuantConfig, 'quant_lm_head')} (backend native)",
+        help=setting_help(QuantConfig, "quant_lm_head"),
     )
     flags.add_flag(
         "compare",

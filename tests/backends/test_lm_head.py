@@ -1,13 +1,17 @@
 """int8 for the head of a language model too (`QuantConfig.quant_lm_head`)."""
 
+import json
+
 import pytest
 import torch
-from conftest import logits_of, relative_error
+from conftest import INT8_BACKENDS, logits_of, relative_error
 
 from ipex_sq import load, save
 from ipex_sq.backends.quantization import quantize
+from ipex_sq.checkpoint.folders import MANIFEST, read_manifest
+from ipex_sq.checkpoint.integrity import file_sha256
 from ipex_sq.config import QuantConfig
-from ipex_sq.errors import ConfigError, UnsupportedModelError
+from ipex_sq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.tiny import tiny_model
@@ -101,6 +105,43 @@ def test_it_is_saved_loaded_and_generates(family, batches, unseen, tmp_path):
     assert torch.equal(logits_of(load(save(again, tmp_path / "twice")), unseen), wanted)
 
 
+@pytest.mark.skipif("ipex" not in INT8_BACKENDS, reason="the native lane has no IPEX")
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_ipex_runs_it_behind_its_graph(family, batches, unseen, tmp_path):
+    settings = {"alpha": "auto", "activations": "static", "dtype": "fp32"}
+    wanted = logits_of(_quantized(family, batches, backend="reference", **settings), unseen)
+    model = _quantized(family, batches, backend="ipex", **settings)
+    assert isinstance(model.get_output_embeddings(), Int8Linear)
+    found = logits_of(model, unseen)
+    assert relative_error(found, wanted) < FP32_BOUND
+    folder = save(model, tmp_path / "int8")
+    again = load(folder)
+    assert torch.equal(logits_of(again, unseen), found)
+    assert torch.equal(logits_of(load(save(again, tmp_path / "twice")), unseen), found)
+    narrow = _quantized(family, batches, backend="ipex", alpha="auto", dtype="bf16")
+    assert logits_of(narrow, unseen).dtype == torch.float32
+
+
+@pytest.mark.skipif("ipex" not in INT8_BACKENDS, reason="the native lane has no IPEX")
+@pytest.mark.parametrize("field", ["weight", "multiplier", "channels"])
+def test_a_damaged_head_of_an_ipex_checkpoint_is_refused(field, batches, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = _quantized("llama", batches, backend="ipex", alpha="auto", activations="static")
+    folder = save(model, tmp_path / "int8")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"lm_head.{field}"] = tensors[f"lm_head.{field}"][:-4]
+    if field == "channels":
+        tensors["lm_head.channels"] = tensors["lm_head.channels"] + 10_000
+    save_file(tensors, file)
+    manifest = read_manifest(folder)
+    manifest["sha256"]["model.safetensors"] = file_sha256(file)
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load(folder)
+
+
 def test_smoothing_helps_a_head_that_reads_outliers(batches, unseen):
     """Channels of the last norm are large in tiny models, as planted there."""
     wanted = logits_of(tiny_model("llama"), unseen)
@@ -117,8 +158,8 @@ def test_smoothing_helps_a_head_that_reads_outliers(batches, unseen):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "ipex"}, "keeps the head float|cannot run"),
         ({"backend": "native", "portable": True}, "portable"),
+        ({"backend": "inc"}, "cannot run|published recipe"),
     ],
 )
 def test_what_has_no_int8_head_is_refused(settings, message, batches):
