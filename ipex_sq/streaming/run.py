@@ -83,6 +83,8 @@ def check_streamed(config: QuantConfig) -> QuantConfig:
         raise ConfigError(f"--max_memory goes with --backend native, not {config.backend}")
     if config.observer != "minmax" or config.max_drop is not None:
         raise ConfigError("--max_memory goes with --observer minmax and without --max_drop")
+    if config.quant_lm_head:
+        raise ConfigError("--max_memory keeps the head float: leave --quant_lm_head out")
     choose_backend(NativeBackend.name)
     return replace(config, backend=NativeBackend.name, dtype=config.dtype or "bf16")
 

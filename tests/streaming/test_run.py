@@ -341,6 +341,7 @@ def test_what_cannot_be_streamed_says_why(written, batches, tmp_path):
         (replace(NATIVE, backend="reference"), "--backend native, not reference"),
         (replace(NATIVE, observer="kl"), "--observer minmax"),
         (replace(NATIVE, max_drop="1"), "without --max_drop"),
+        (replace(NATIVE, quant_lm_head=True), "leave --quant_lm_head out"),
     ):
         with pytest.raises(ConfigError, match=reason):
             quantize_folder(written("llama"), tmp_path / "out", batches, config)
