@@ -25,7 +25,6 @@ from ipex_sq.compiling.compiled_layers import compiler_problem
 from ipex_sq.errors import BackendUnavailableError, NumericalCheckError
 from ipex_sq.kernels.brgemm import brgemm_built
 from ipex_sq.kernels.head import widen_logits
-from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.body import BodyForTracing, ReplacedBody, replace_body
 from ipex_sq.models.folding import replace_module, smoothed_linear
 from ipex_sq.models.topology import language_head
@@ -154,7 +153,7 @@ class IpexBackend(Backend):
         return with_graph(model, frozen, dtype, names)
 
 
-def _per_token_linear(model: nn.Module, plan: QuantPlan, name: str, *, wide: bool) -> Int8Linear:
+def _per_token_linear(model: nn.Module, plan: QuantPlan, name: str, *, wide: bool) -> nn.Module:
     linear = int8_linear(model, plan, name)
     linear.wide_output = wide
     if not linear.only_rows():
