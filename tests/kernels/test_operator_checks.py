@@ -40,6 +40,16 @@ def _static(**changes):
     return operators.round_static(**{**arguments, **changes})
 
 
+def _tokens(**changes):
+    arguments = {
+        "x": torch.ones(ROWS, WIDTH),
+        "multiplier": torch.ones(WIDTH),
+        "least": 1e-8,
+        "channels": torch.tensor([1, 1]),
+    }
+    return operators.round_tokens(**{**arguments, **changes})[0]
+
+
 def _attention(**changes):
     query, key = torch.ones(2, 4, 5, 8).bfloat16(), torch.ones(2, 2, 7, 8).bfloat16()
     arguments = {"query": query, "key": key, "value": key, "mask": None, "causal": False}
@@ -98,6 +108,27 @@ def test_rounding_of_what_does_not_fit_is_refused(changes):
         _static(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": torch.ones(ROWS, WIDTH).half()},
+        {"multiplier": torch.ones(2 * WIDTH)[::2]},
+        {"multiplier": torch.ones(WIDTH - 1)},
+        {"channels": torch.tensor([3, WIDTH])},
+        {"channels": torch.tensor([-1, 3])},
+        {"channels": torch.tensor([3, 2])},
+        {"channels": torch.tensor([3.0, 4.0])},
+        {"channels": torch.tensor([1, 9, 2, 9])[::2]},
+        {"x": torch.ones(ROWS, 0), "multiplier": torch.ones(0)},
+    ],
+    ids=str,
+)
+def test_rounding_of_tokens_that_do_not_fit_is_refused(changes):
+    assert _tokens().shape == (ROWS, WIDTH + 2)
+    with pytest.raises(RuntimeError):
+        _tokens(**changes)
+
+
 @with_kernel
 @pytest.mark.parametrize(
     "changes",
@@ -132,6 +163,7 @@ def test_attention_without_keys_is_that_of_pytorch(tokens):
 def test_no_rows_have_no_outputs():
     assert _rows(levels=torch.ones(0, WIDTH, dtype=torch.uint8)).shape == (0, OUT)
     assert _static(x=torch.ones(0, WIDTH)).shape == (0, WIDTH + 2)
+    assert _tokens(x=torch.ones(0, WIDTH)).shape == (0, WIDTH + 2)
     x, weight = torch.ones(0, WIDTH).bfloat16(), torch.ones(OUT, WIDTH).bfloat16()
     assert operators.bf16_logits(x, weight).shape == (0, OUT)
 
