@@ -40,7 +40,7 @@ def parser() -> Parser:
         "model", default=EMBEDDED, help=f"hub name, local folder, or {EMBEDDED} (default)"
     )
     add_scales(flags)
-    add_recipe(flags)
+    add_recipe(flags, skip=("quant_lm_head",))
     flags.add_config(ReviewConfig, skip=("limit",))
     flags.add_config(OutputConfig)
     return flags

@@ -43,7 +43,7 @@ def add_recipe(flags: Parser, *, skip: tuple[str, ...] = ()) -> None:
         help="the model is saved in a folder of its name in here (default: results/quantized)",
     )
     flags.add_flag("no_sq", action="store_true", help="without SmoothQuant")
-    flags.add_config(QuantConfig, skip=("alpha", "max_drop", "quant_lm_head", *skip))
+    flags.add_config(QuantConfig, skip=("alpha", "max_drop", *skip))
     add_alpha(flags)
 
 

@@ -75,7 +75,7 @@ def calibrate(
     readers = {group.key: linears[group.key] for group in topology.groups} if hessians else {}
     if not fit_hessians(linear.in_features for linear in readers.values()):
         readers = {}
-    packed = fits_packed(linear.weight.numel() for linear in linears.values())
+    packed = fits_packed(linear.weight.numel() for linear in _of_body(linears, topology.head))
     seen = observe(model, rows, linears, readers=readers, packed=packed, head=topology.head)
     stats = ActStats(
         linears=seen.linears,
@@ -126,15 +126,17 @@ def observe(
         linears: By path.
         readers: Those of them to take Hessians of, by group key.
         packed: Multiply with oneDNN, in bf16 where the CPU does so in hardware.
-        head: Path of a language model's head where it is one of the Linears.
+        head: Path of a language model's head where it is one of the Linears; nothing reads what it
+            gives, so that it is not packed.
     """
     run = _as_far_as(head)
+    body = _of_body(linears, head)
     unsampled, sampled = set_apart(rows)
     ordered = [*unsampled, *sampled]
     before = accumulate((_tokens([batch]) for batch in ordered), initial=0)
     placed = list(zip(before, ordered, strict=False))
     with (
-        onednn_linears(linears.values() if packed else (), calibration_dtype()) as dtype,
+        onednn_linears(body if packed else (), calibration_dtype()) as dtype,
         record_stats(linears) as recorder,
         record_hessians(readers, _tokens(rows)) as recorders,
         torch.no_grad(),
@@ -151,6 +153,10 @@ def observe(
         _run_shared(placed[len(unsampled) :], watched, "calibrate")
         recorder.merge(gather(recorder.so_far()))
     return Observed(recorder.finish(), without_sampled, joined_hessians(recorders), dtype)
+
+
+def _of_body(linears: Mapping[str, nn.Linear], head: str | None) -> list[nn.Linear]:
+    return [linear for name, linear in linears.items() if name != head]
 
 
 def _as_far_as(head: str | None) -> Callable[[nn.Module, Batch], object]:

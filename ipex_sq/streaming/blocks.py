@@ -130,10 +130,10 @@ class StreamedModel:
             block.__dict__.pop("forward")
 
     @contextmanager
-    def finishing(self, inputs: Iterable[Tensor]) -> Iterator[None]:
+    def finishing(self, inputs: Iterable[Tensor | None]) -> Iterator[None]:
         """Inside, every run goes through no block; the head gets what the last one has given."""
         last, given = self.model.get_submodule(self.blocks[-1]), iter(inputs)
-        last.forward = lambda *_args, **_kwargs: self._output(next(given))  # type: ignore[method-assign]
+        last.forward = lambda *_args, **_kwargs: self._output(next(given))  # type: ignore[method-assign, arg-type]
         try:
             yield
         finally:

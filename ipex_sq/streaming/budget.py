@@ -40,13 +40,16 @@ class Needs:
     disk: int
 
 
-def estimate(model: StreamedModel, rows: Sequence[Batch], *, hessians: bool) -> Needs:
+def estimate(
+    model: StreamedModel, rows: Sequence[Batch], *, hessians: bool, lm_head: bool = False
+) -> Needs:
     """What quantizing `model` on `rows` takes.
 
     Args:
         model: Not loaded yet.
         rows: Calibration batches.
         hessians: Whether weights are rounded by GPTQ, if its Hessians fit.
+        lm_head: Whether the head is quantized too, which is a group of its own.
     """
     config: Any = model.model.config
     blocks = [_Block(model, path) for path in model.blocks]
@@ -63,8 +66,11 @@ def estimate(model: StreamedModel, rows: Sequence[Batch], *, hessians: bool) -> 
     head = LOGIT_COPIES * FP32 * length * int(config.vocab_size)
     memory = psutil.Process().memory_info().rss + outside + MARGIN
     casting = outside // 2  # at the end, to bf16
-    memory += max(head, casting, block + hessian + max(running, rounding, head // 3))
-    hidden = FP32 * sum(tokens) * int(config.hidden_size)
+    width, vocabulary = int(config.hidden_size), int(config.vocab_size)
+    int8_head = FP32 * (GROUP_COPIES * width + MOST_ROWS) * vocabulary + 2 * FP32 * width**2
+    at_head = head + int8_head if lm_head else head
+    memory += max(at_head, casting, block + hessian + max(running, rounding, head // 3))
+    hidden = FP32 * sum(tokens) * width
     kept = len(blocks) * (hessian + FP32 * MOST_ROWS * sum(blocks[0].inputs))
     return Needs(memory, 2 * hidden + kept + sum(model.sizes.values()) + outside)
 

@@ -23,7 +23,7 @@ from ipex_sq.models.topology import find_topology
 from ipex_sq.recipe.plan import FLOAT, GroupPlan, LinearPlan, QuantPlan
 from ipex_sq.recipe.plan_files import plan_tensors, plan_to_json
 from ipex_sq.recipe.planning import search_modes
-from ipex_sq.recipe.samples import GroupSample, record_samples
+from ipex_sq.recipe.samples import GroupSample, SampleRecorder, record_samples
 from ipex_sq.streaming.findings import (
     HEAD,
     HEADROOM,
@@ -50,14 +50,15 @@ class Calibration:
         if not self._journal.has(TOPOLOGY):
             short = {key: value[:, :PROBED_TOKENS] for key, value in known.example.items()}
             with self._model.all_in_turn(lambda: self._done(TOPOLOGY)):
-                found = find_topology(self._model.model, [short, *known.rows])
+                rows = [short, *known.rows]
+                found = find_topology(self._model.model, rows, lm_head=known.wanted.lm_head)
             groups = {group.key: GroupPlan(group) for group in found.groups}
             reasons = {name: LinearPlan(FLOAT, text) for name, text in found.float_reasons.items()}
             bare = QuantPlan(None, "minmax", reasons, groups)
             with self._journal.step(TOPOLOGY) as folder:
                 write_tensors(folder, "groups", plan_tensors(bare))
                 facts = {"groups": plan_to_json(bare), "tuples": self._model.gives_tuples}
-                write_facts(folder, "facts", facts)
+                write_facts(folder, "facts", {**facts, "head": found.head})
         self._model.gives_tuples = self._journal.facts(TOPOLOGY, "facts")["tuples"]
 
     def run(self) -> None:
@@ -67,6 +68,8 @@ class Calibration:
             if not self._journal.has(forward_step(index)):
                 self._forward(index, path)
             self._done("calibrate")
+        if self._known.topology.head and not self._journal.has(forward_step(len(blocks))):
+            self._forward_head(len(blocks), self._known.topology.head)
         if not self._known.wanted.needs_samples:
             return
         if not self._journal.has(HEAD):
@@ -77,56 +80,79 @@ class Calibration:
             self._done("search")
 
     def _forward(self, index: int, path: str) -> None:
-        model, groups = self._model.model, self._known.groups_of(path)
-        sizes = [linear.weight.numel() for linear in self._model.linears.values()]
+        model = self._model.model
         with self._model.block(path, check=True), self._journal.step(forward_step(index)) as folder:
-            linears = {name: smoothed_linear(model, name) for g in groups for name in g.readers}
-            readers = (
-                {g.key: linears[g.key] for g in groups} if self._known.gathers_hessians else {}
-            )
             with self._model.feeding(
                 path, self._known.inputs("batch", index), _kept(folder, "batch")
             ):
-                seen = observe(
-                    model, self._known.rows, linears, readers=readers, packed=fits_packed(sizes)
-                )
+                self._observe(path, folder)
             grad = torch.set_grad_enabled(self._known.wanted.needs_samples)
             inputs = self._known.inputs("text", index)
             with grad, self._model.feeding(path, inputs, _kept(folder, "text")):
                 for text in self._known.texts:
                     run_body(model, text)
-            found = {}
-            for group in groups:
-                for kind, stats in (("", seen.linears), (UNSAMPLED, seen.unsampled)):
-                    if group.key in stats:
-                        found[f"{group.key}.{kind}minimum"] = stats[group.key].minimum
-                        found[f"{group.key}.{kind}maximum"] = stats[group.key].maximum
-            write_tensors(folder, "stats", found)
-            for key, hessian in seen.hessians.items():
-                write_tensors(folder, f"hessian-{key}", {"x": hessian})
-            write_facts(folder, "facts", {"dtype": str(seen.dtype).removeprefix("torch.")})
         if index:
             self._journal.forget(forward_step(index - 1), "batch-*")
 
+    def _forward_head(self, index: int, path: str) -> None:
+        """Statistics of the head, after `index` blocks."""
+        given = self._known.inputs("batch", index)
+        with self._journal.step(forward_step(index)) as folder, self._model.finishing(given):
+            self._observe(path, folder, head=path)
+        self._journal.forget(forward_step(index - 1), "batch-*")
+
+    def _observe(self, path: str, folder: Path, *, head: str | None = None) -> None:
+        """Run all rows, and write what enters the Linears at `path`."""
+        known, groups = self._known, self._known.groups_of(path)
+        linears = known.linears_of(path)
+        readers = {g.key: linears[g.key] for g in groups} if known.gathers_hessians else {}
+        packed = fits_packed(known.weights_sizes)
+        seen = observe(
+            self._model.model, known.rows, linears, readers=readers, packed=packed, head=head
+        )
+        found = {}
+        for group in groups:
+            for kind, stats in (("", seen.linears), (UNSAMPLED, seen.unsampled)):
+                if group.key in stats:
+                    found[f"{group.key}.{kind}minimum"] = stats[group.key].minimum
+                    found[f"{group.key}.{kind}maximum"] = stats[group.key].maximum
+        write_tensors(folder, "stats", found)
+        for key, hessian in seen.hessians.items():
+            write_tensors(folder, f"hessian-{key}", {"x": hessian})
+        write_facts(folder, "facts", {"dtype": str(seen.dtype).removeprefix("torch.")})
+
     def _head(self) -> None:
-        """Gradients of -log p by what the last block gives, of drawn predictions."""
-        last = len(self._model.blocks)
-        hidden = [self._known.text_input(last, number) for number in range(len(self._known.texts))]
+        """Gradients of -log p by what the last block gives, of drawn predictions.
+
+        Where the head is quantized, its samples and costs too.
+        """
+        last, known = len(self._model.blocks), self._known
+        hidden = [known.text_input(last, number) for number in range(len(known.texts))]
         generator = torch.Generator().manual_seed(0)
-        predictions = 0
-        with self._journal.step(HEAD) as folder, self._model.finishing(hidden), torch.enable_grad():
-            for text in self._known.texts:
-                predictions += run_backward(self._model.model, text, generator)
+        head = known.topology.head
+        groups = [] if head is None else known.groups_of(head)
+        with self._journal.step(HEAD) as folder:
+            predictions = 0
+            with (
+                self._model.finishing(hidden),
+                record_samples(self._model.model, groups, known.sampled_tokens) as recorder,
+                torch.enable_grad(),
+            ):
+                for text in known.texts:
+                    predictions += run_backward(self._model.model, text, generator)
             for number, item in enumerate(hidden):
                 _write_gradient(folder, number, item)
             write_facts(folder, "facts", {"predictions": predictions})
+            if head is not None:
+                recorder.predictions = predictions
+                self._write_samples(folder, head, recorder)
 
     def _backward(self, index: int, path: str) -> None:
         model, groups = self._model.model, self._known.groups_of(path)
-        tokens = sum(text["input_ids"].numel() for text in self._known.texts)
         after = HEAD if path == self._model.blocks[-1] else backward_step(index + 1)
         with self._model.block(path), self._journal.step(backward_step(index)) as folder:
-            with record_samples(model, groups, tokens) as recorder, torch.enable_grad():
+            sampled = record_samples(model, groups, self._known.sampled_tokens)
+            with sampled as recorder, torch.enable_grad():
                 recorder.predictions = self._journal.facts(HEAD, "facts")["predictions"]
                 for number, text in enumerate(self._known.texts):
                     given = self._known.text_input(index, number) if index else None
@@ -136,11 +162,14 @@ class Calibration:
                     gradient = self._journal.tensors(after, f"gradient-{number}")["x"]
                     outputs.pop().backward(gradient)
                     _write_gradient(folder, number, given)
-            samples = recorder.finish()
-            del recorder
-            write_tensors(folder, "samples", {key: item.inputs for key, item in samples.items()})
-            write_facts(folder, "costs", self._costs(path, samples))
+            self._write_samples(folder, path, recorder)
         self._journal.forget(after, "gradient-*")
+
+    def _write_samples(self, folder: Path, path: str, recorder: SampleRecorder) -> None:
+        """What was sampled at `path`, and the search of alpha there."""
+        samples = recorder.finish()
+        write_tensors(folder, "samples", {key: item.inputs for key, item in samples.items()})
+        write_facts(folder, "costs", self._costs(path, samples))
 
     def _costs(self, path: str, samples: dict[str, GroupSample]) -> dict[str, Any]:
         """By mode and group key, pairs of alpha and cost; and headroom by group key."""

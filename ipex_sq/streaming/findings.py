@@ -6,10 +6,11 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipex_sq.config import GPTQ, NEAREST
-from ipex_sq.errors import CalibrationError
+from ipex_sq.errors import CalibrationError, UnsupportedModelError
+from ipex_sq.models.folding import smoothed_linear
 from ipex_sq.models.sampling import sampled_texts
 from ipex_sq.models.topology import Topology
 from ipex_sq.recipe.act_stats import ActStats
@@ -17,7 +18,7 @@ from ipex_sq.recipe.alpha import AlphaSearch, Costs
 from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.gptq import fit_hessians
 from ipex_sq.recipe.observers import LinearStats
-from ipex_sq.recipe.plan import SmoothGroup
+from ipex_sq.recipe.plan import DYNAMIC_INT8, SmoothGroup
 from ipex_sq.recipe.plan_files import plan_from_json
 from ipex_sq.recipe.planning import Rounding
 from ipex_sq.recipe.samples import GroupSample
@@ -56,22 +57,61 @@ class Findings:
         return list(sampled_texts(self.rows)) if self.wanted.needs_samples else [self.example]
 
     @cached_property
+    def sampled_tokens(self) -> int:
+        """Tokens of these texts."""
+        return sum(text["input_ids"].numel() for text in self.texts)
+
+    @cached_property
     def topology(self) -> Topology:
         """Groups and Linears that stay float."""
         facts = self.journal.facts(TOPOLOGY, "facts")
         bare = plan_from_json(facts["groups"], self.journal.tensors(TOPOLOGY, "groups"))
         reasons = {name: item.reason for name, item in bare.linears.items()}
-        return Topology(tuple(item.group for item in bare.groups.values()), reasons)
+        groups = tuple(item.group for item in bare.groups.values())
+        return Topology(groups, reasons, facts["head"])
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """Where Linears are, blocks and a head that is quantized, and each one's calibration."""
+        head = self.topology.head
+        paths = [*self.model.blocks, *([] if head is None else [head])]
+        return {path: forward_step(index) for index, path in enumerate(paths)}
+
+    def check_head(self) -> None:
+        """Refuse a head whose scale would go into a block, which is written before it.
+
+        Raises:
+            UnsupportedModelError: Names the block's norm.
+        """
+        for group in self.topology.groups:
+            producer = str(group.producer)
+            inside = any(producer.startswith(f"{path}.") for path in self.model.blocks)
+            if group.key == self.topology.head and inside:
+                raise UnsupportedModelError(
+                    f"the scale of the head goes into {producer!r}, a part of a block: leave "
+                    "--quant_lm_head out, or quantize in memory"
+                )
 
     def groups_of(self, path: str) -> list[SmoothGroup]:
-        """The groups of one block, in order of execution."""
-        return [group for group in self.topology.groups if group.key.startswith(f"{path}.")]
+        """The groups of one block, or of the head, in order of execution."""
+        own = (path, f"{path}.")
+        return [g for g in self.topology.groups if g.key == own[0] or g.key.startswith(own[1])]
+
+    def linears_of(self, path: str) -> dict[str, nn.Linear]:
+        """The Linears of these groups, which are in memory now."""
+        names = [name for group in self.groups_of(path) for name in group.readers]
+        return {name: smoothed_linear(self.model.model, name) for name in names}
+
+    @cached_property
+    def weights_sizes(self) -> list[int]:
+        """How many weights each Linear of the blocks has."""
+        return [linear.weight.numel() for linear in self.model.linears.values()]
 
     @cached_property
     def gathers_hessians(self) -> bool:
         """Whether Hessians are wanted and fit, as they would have to in memory."""
-        linears = self.model.linears
-        features = [linears[group.key].in_features for group in self.topology.groups]
+        model, keys = self.model.model, [group.key for group in self.topology.groups]
+        features = [int(model.get_submodule(key).in_features) for key in keys]  # type: ignore[arg-type]
         return self.wanted.needs_hessians and fit_hessians(features)
 
     def stats(
@@ -81,12 +121,12 @@ class Findings:
 
         `samples`: of its groups, where they are needed.
         """
-        blocks = self.model.blocks if path is None else [path]
-        steps = {block: forward_step(self.model.blocks.index(block)) for block in blocks}
-        groups = {group.key: steps[block] for block in blocks for group in self.groups_of(block)}
+        steps = self.places if path is None else {path: self.places[path]}
+        groups = {group.key: step for at, step in steps.items() for group in self.groups_of(at)}
         tensors: dict[str, Tensor] = {}
         for step in steps.values():
             tensors |= self.journal.tensors(step, "stats")
+        head = self.topology.head
         return ActStats(
             linears=self._linear_stats(groups, tensors, ""),
             groups=[group for group in self.topology.groups if group.key in groups],
@@ -101,6 +141,7 @@ class Findings:
                 groups if self.gathers_hessians else (),
                 lambda key: self.journal.tensors(groups[key], f"hessian-{key}")["x"],
             ),
+            head=head if head in steps else None,
         )
 
     def _linear_stats(
@@ -120,11 +161,11 @@ class Findings:
         if not self.wanted.needs_samples:
             return None
         kl: dict[str, dict[str, Costs]] = {}
-        found = [
-            self.journal.facts(backward_step(index), "costs")
-            for index in range(len(self.model.blocks))
-        ]
-        for mode in self.wanted.modes:
+        steps = [backward_step(index) for index in range(len(self.model.blocks))]
+        if self.topology.head is not None:
+            steps.append(HEAD)
+        found = [self.journal.facts(step, "costs") for step in steps]
+        for mode in dict.fromkeys((*self.wanted.modes, DYNAMIC_INT8)):
             costs = {
                 key: dict(pairs) for block in found for key, pairs in block.get(mode, {}).items()
             }
@@ -133,11 +174,11 @@ class Findings:
         headroom = {key: room for block in found for key, room in block.get(HEADROOM, {}).items()}
         return AlphaSearch(kl, headroom)
 
-    def rounding_samples(self, index: int) -> dict[str, GroupSample]:
-        """The inputs that biases are corrected with, of block `index`, by group key."""
+    def rounding_samples(self, step: str) -> dict[str, GroupSample]:
+        """The inputs that biases are corrected with, of a search's step, by group key."""
         if not self.wanted.needs_samples:
             return {}
-        tensors = self.journal.tensors(backward_step(index), "samples")
+        tensors = self.journal.tensors(step, "samples")
         return {key: GroupSample(inputs, inputs[:, :0], 0.0) for key, inputs in tensors.items()}
 
     def example_input(self, index: int) -> Tensor | None:

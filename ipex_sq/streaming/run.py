@@ -83,8 +83,6 @@ def check_streamed(config: QuantConfig) -> QuantConfig:
         raise ConfigError(f"--max_memory goes with --backend native, not {config.backend}")
     if config.observer != "minmax" or config.max_drop is not None:
         raise ConfigError("--max_memory goes with --observer minmax and without --max_drop")
-    if config.quant_lm_head:
-        raise ConfigError("--max_memory keeps the head float: leave --quant_lm_head out")
     choose_backend(NativeBackend.name)
     return replace(config, backend=NativeBackend.name, dtype=config.dtype or "bf16")
 
@@ -127,7 +125,7 @@ def quantize_folder(
     reset_peak_rss()
     model, texts = StreamedModel(source), dict(texts or {})
     rows = readable_rows(model.model, batches)
-    needs = estimate(model, rows, hessians=wanted.needs_hessians)
+    needs = estimate(model, rows, hessians=wanted.needs_hessians, lm_head=wanted.lm_head)
     journal = Journal(place.with_name(f".{place.name}.partial"))
     check_needs(needs, limits.max_memory, journal.folder)
     work = journal.at_work(_identity(source, rows, config, texts), resume=limits.resume)
@@ -146,6 +144,7 @@ def _take_steps(
 ) -> Written:
     calibration = Calibration(findings, done)
     calibration.find_topology()
+    findings.check_head()
     asked = config.weight_rounding is not None
     findings.wanted = rounding_that_fits(findings, asked=asked)
     calibration.run()

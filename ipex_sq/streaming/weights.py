@@ -54,6 +54,7 @@ class FloatWeights:
         self._stored = {
             first: _find(names, (first, *others), prefix) for first, others in self.tied.items()
         }
+        self._first = {name: first for first, others in self.tied.items() for name in others}
         missing = [name for name, stored in self._stored.items() if not stored]
         if missing:
             raise CheckpointError(
@@ -66,7 +67,7 @@ class FloatWeights:
                 raise CheckpointError(f"{folder}: {name!r} has not the shape that config.json says")
 
     def read(self, name: str, *, check: bool = False) -> Tensor:
-        """The weight `name` (the first name of a tied one); its file is unmapped again.
+        """The weight `name`; its file is unmapped again.
 
         Whole numbers, which a buffer may hold, stay what they are. `check`: also whether it is
         finite.
@@ -75,6 +76,7 @@ class FloatWeights:
             CheckpointError: A file cannot be read.
             NumericalCheckError: A value is not finite.
         """
+        name = self._first.get(name, name)
         stored = self._stored[name]
         tensor = self._shards.named([stored])[stored]
         tensor = tensor.t() if name in self._transposed else tensor

@@ -21,7 +21,7 @@ from ipex_sq.models.rounding import round_weights
 from ipex_sq.recipe.plan import QuantPlan
 from ipex_sq.recipe.plan_files import plan_from_json, plan_tensors, plan_to_json
 from ipex_sq.recipe.planning import make_plan
-from ipex_sq.streaming.findings import Findings
+from ipex_sq.streaming.findings import HEAD, Findings, backward_step
 from ipex_sq.streaming.journal import write_facts, write_tensors
 from ipex_sq.streaming.weights import OnDisk
 
@@ -65,6 +65,9 @@ def write_blocks(
         plan = plan.with_part(plan_from_json(facts["plan"], journal.tensors(_step(index), "plan")))
         change = max(change, facts["change"])
         done("write")
+    if findings.topology.head is not None:
+        part, of_head = _put_head(findings, planned, findings.topology.head)
+        plan, change = plan.with_part(part), max(change, of_head)
     undone = plan.folds_lost_from(planned)
     return Written(plan, {"smoothing_change": change, "undone_folds": undone})
 
@@ -138,7 +141,7 @@ def _write_block(findings: Findings, plan: QuantPlan, block: tuple[int, str], dt
         # The head is the same after every block, and a large one takes longer than the block.
         with feeding, logits_at(model, torch.zeros(1, dtype=torch.long)):
             part, change = apply_smoothing(model, part, findings.example)
-        stats = findings.stats(path, findings.rounding_samples(index))
+        stats = findings.stats(path, findings.rounding_samples(backward_step(index)))
         round_weights(model, part, stats)
         del stats
         for name in part.int8_names:
@@ -148,6 +151,22 @@ def _write_block(findings: Findings, plan: QuantPlan, block: tuple[int, str], dt
             write_tensors(folder, "block", _named(path, module))
             write_tensors(folder, "plan", plan_tensors(part))
             write_facts(folder, "facts", {"plan": plan_to_json(part), "change": change})
+
+
+def _put_head(findings: Findings, plan: QuantPlan, head: str) -> tuple[QuantPlan, float]:
+    """Smooth and round the head, which is no block and stays in the model until it is written.
+
+    Raises:
+        NumericalCheckError: Smoothing changed the logits.
+    """
+    streamed = findings.model
+    part = plan.part(group.key for group in findings.groups_of(head))
+    last = repeat(findings.example_input(len(streamed.blocks)))
+    with streamed.finishing(last):
+        part, change = apply_smoothing(streamed.model, part, findings.example)
+    round_weights(streamed.model, part, findings.stats(head, findings.rounding_samples(HEAD)))
+    replace_module(streamed.model, head, int8_linear(streamed.model, part, head))
+    return part, change
 
 
 def _named(path: str, module: nn.Module) -> dict[str, Tensor]:

@@ -47,6 +47,13 @@ def test_alpha_none_and_a_number(folder, tmp_path, capsys):
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["alpha"] == alpha
 
 
+def test_the_head_too(folder, tmp_path, capsys):
+    flags = _flags(folder, tmp_path, "--max_memory", "6GiB", "--quant_lm_head")
+    assert run(quantize.command, flags) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["int8_linears"] == 15
+    assert load(tmp_path / "tiny").quant_plan.linears["lm_head"].mode == "dynamic_int8"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -26,8 +26,11 @@ from ipex_sq.errors import (
 )
 from ipex_sq.models.loading import load_model
 from ipex_sq.models.tiny import DECODERS, VOCABULARY, tiny_model
+from ipex_sq.recipe.plan import DYNAMIC_INT8
 from ipex_sq.recipe.plan_files import plan_tensors, plan_to_json
 from ipex_sq.streaming import journal, run
+from ipex_sq.streaming.blocks import StreamedModel
+from ipex_sq.streaming.budget import estimate
 from ipex_sq.streaming.run import Limits, quantize_folder
 
 NATIVE = QuantConfig(backend="native", dtype="bf16")
@@ -75,11 +78,13 @@ def _digests(folder):
 STREAMED = [name for name in DECODERS if name not in ("opt-350m", "mixtral")]
 
 
+@pytest.mark.parametrize("lm_head", [False, True])
 @pytest.mark.parametrize("family", STREAMED)
-def test_it_writes_what_is_written_in_memory(family, written, batches, tmp_path):
-    model = _in_memory(written(family), batches, NATIVE)
+def test_it_writes_what_is_written_in_memory(family, lm_head, written, batches, tmp_path):
+    config = replace(NATIVE, quant_lm_head=lm_head)
+    model = _in_memory(written(family), batches, config)
     save(model.model, tmp_path / "memory")
-    streamed = quantize_folder(written(family), tmp_path / "streamed", batches, NATIVE, texts=TEXTS)
+    streamed = quantize_folder(written(family), tmp_path / "streamed", batches, config, texts=TEXTS)
     assert plan_to_json(streamed.plan) == plan_to_json(model.plan)
     wanted, found = (Shards(tmp_path / name).read() for name in ("memory", "streamed"))
     assert wanted.keys() == found.keys()
@@ -97,6 +102,9 @@ def test_it_writes_what_is_written_in_memory(family, written, batches, tmp_path)
         {"activations": "dynamic"},
         {"weight_rounding": "nearest", "dtype": "fp32"},
         {"alpha": 0.5, "weight_rounding": "gptq"},
+        {"alpha": None, "quant_lm_head": True},
+        {"alpha": 0.5, "quant_lm_head": True},
+        {"activations": "static", "quant_lm_head": True},
     ],
 )
 def test_every_recipe_gives_the_plan_of_memory(recipe, written, batches, tmp_path):
@@ -194,15 +202,19 @@ def _killed_after(count, monkeypatch):
     monkeypatch.setattr(journal, "make_durable", make_durable)
 
 
-def test_a_run_killed_anywhere_ends_in_the_same_files(written, batches, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_a_run_killed_anywhere_ends_in_the_same_files(
+    lm_head, written, batches, tmp_path, monkeypatch
+):
     source, target = written("llama"), tmp_path / "out"
-    quantize_folder(source, tmp_path / "whole", batches, NATIVE)
+    config = replace(NATIVE, quant_lm_head=lm_head)
+    quantize_folder(source, tmp_path / "whole", batches, config)
     wanted, count, died = _digests(tmp_path / "whole"), 1, 0
     while True:
         with monkeypatch.context() as patched:
             _killed_after(count, patched)
             try:
-                quantize_folder(source, target, batches, NATIVE, limits=Limits(resume=True))
+                quantize_folder(source, target, batches, config, limits=Limits(resume=True))
                 break
             except _KilledError:
                 died += 1
@@ -326,6 +338,29 @@ def test_too_little_memory_is_refused_before_the_work(written, batches, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_an_int8_head_needs_memory_of_its_own(written, batches):
+    model = StreamedModel(written("llama"))
+    model.model.config.vocab_size = words = 10**6  # blocks are small beside it
+    without, with_head = (
+        estimate(model, batches, hessians=True, lm_head=lm_head).memory for lm_head in (False, True)
+    )
+    assert with_head - without > 6 * 4 * words * model.model.config.hidden_size
+
+
+def test_a_head_behind_the_norm_of_a_block_is_refused_before_the_work(batches, tokenizer, tmp_path):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"vocab_size": VOCABULARY, "word_embed_proj_dim": 64, "do_layer_norm_before": False}
+    OPTForCausalLM(OPTConfig(**sizes, **more)).save_pretrained(tmp_path / "float")
+    tokenizer.save_pretrained(tmp_path / "float")
+    config = replace(NATIVE, quant_lm_head=True)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.final_layer_norm.*a block"):
+        quantize_folder(tmp_path / "float", tmp_path / "out", batches, config)
+    in_memory = _in_memory(tmp_path / "float", batches, config)
+    assert in_memory.plan.linears["lm_head"].mode == DYNAMIC_INT8
+
+
 def test_a_run_that_takes_more_than_allowed_stops(written, batches, tmp_path, monkeypatch):
     source, target = written("llama"), tmp_path / "out"
     monkeypatch.setattr(run, "check_needs", lambda *_arguments: None)
@@ -341,7 +376,6 @@ def test_what_cannot_be_streamed_says_why(written, batches, tmp_path):
         (replace(NATIVE, backend="reference"), "--backend native, not reference"),
         (replace(NATIVE, observer="kl"), "--observer minmax"),
         (replace(NATIVE, max_drop="1"), "without --max_drop"),
-        (replace(NATIVE, quant_lm_head=True), "leave --quant_lm_head out"),
     ):
         with pytest.raises(ConfigError, match=reason):
             quantize_folder(written("llama"), tmp_path / "out", batches, config)
