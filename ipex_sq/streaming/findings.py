@@ -94,8 +94,7 @@ class Findings:
 
     def groups_of(self, path: str) -> list[SmoothGroup]:
         """The groups of one block, or of the head, in order of execution."""
-        own = (path, f"{path}.")
-        return [g for g in self.topology.groups if g.key == own[0] or g.key.startswith(own[1])]
+        return [g for g in self.topology.groups if f"{g.key}.".startswith(f"{path}.")]
 
     def linears_of(self, path: str) -> dict[str, nn.Linear]:
         """The Linears of these groups, which are in memory now."""

@@ -105,12 +105,12 @@ def test_it_is_saved_loaded_and_generates(family, batches, unseen, tmp_path):
     assert torch.equal(logits_of(load(save(again, tmp_path / "twice")), unseen), wanted)
 
 
-@pytest.mark.skipif("ipex" not in INT8_BACKENDS, reason="the native lane has no IPEX")
+@pytest.mark.parametrize("backend", INT8_BACKENDS)
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_ipex_runs_it_behind_its_graph(family, batches, unseen, tmp_path):
+def test_every_backend_runs_and_saves_it(family, backend, batches, unseen, tmp_path):
     settings = {"alpha": "auto", "activations": "static", "dtype": "fp32"}
     wanted = logits_of(_quantized(family, batches, backend="reference", **settings), unseen)
-    model = _quantized(family, batches, backend="ipex", **settings)
+    model = _quantized(family, batches, backend=backend, **settings)
     assert isinstance(model.get_output_embeddings(), Int8Linear)
     found = logits_of(model, unseen)
     assert relative_error(found, wanted) < FP32_BOUND
@@ -118,16 +118,16 @@ def test_ipex_runs_it_behind_its_graph(family, batches, unseen, tmp_path):
     again = load(folder)
     assert torch.equal(logits_of(again, unseen), found)
     assert torch.equal(logits_of(load(save(again, tmp_path / "twice")), unseen), found)
-    narrow = _quantized(family, batches, backend="ipex", alpha="auto", dtype="bf16")
+    narrow = _quantized(family, batches, backend=backend, alpha="auto", dtype="bf16")
     assert logits_of(narrow, unseen).dtype == torch.float32
 
 
-@pytest.mark.skipif("ipex" not in INT8_BACKENDS, reason="the native lane has no IPEX")
+@pytest.mark.parametrize("backend", INT8_BACKENDS)
 @pytest.mark.parametrize("field", ["weight", "multiplier", "channels"])
-def test_a_damaged_head_of_an_ipex_checkpoint_is_refused(field, batches, tmp_path):
+def test_a_damaged_head_is_refused(field, backend, batches, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    model = _quantized("llama", batches, backend="ipex", alpha="auto", activations="static")
+    model = _quantized("llama", batches, backend=backend, alpha="auto", activations="static")
     folder = save(model, tmp_path / "int8")
     file = folder / "model.safetensors"
     tensors = load_file(file)
