@@ -163,11 +163,12 @@ class QuantConfig:
         "leave static int8, first for per-token rounding, then for float",
         metavar="X",
     )
-    quant_lm_head: bool = setting(
-        False,
+    quant_lm_head: bool | None = setting(
+        None,
         "int8 also for the head of a language model, rounded per token: a large vocabulary is half "
-        "of a small model's work, and rounding it costs accuracy of its own",
-        action="store_true",
+        "of a small model's work (default: where alpha is searched and other inputs may be rounded "
+        "per token, for a head of at most 1 GiB in fp32)",
+        action="switch",
     )
     portable: bool = setting(
         False,

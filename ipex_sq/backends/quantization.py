@@ -20,6 +20,7 @@ from ipex_sq.models.conv1d import check_no_conv1d
 from ipex_sq.models.folding import apply_smoothing
 from ipex_sq.models.readiness import prepare_float
 from ipex_sq.models.rounding import round_weights
+from ipex_sq.models.topology import has_small_head
 from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.batching import Batch
 from ipex_sq.recipe.plan import QuantPlan
@@ -68,7 +69,7 @@ def plan(model: nn.Module, stats: ActStats, config: QuantConfig = QuantConfig())
     backend = choose_backend(config.backend).backend
     if isinstance(backend, IncBackend):
         raise ConfigError("backend 'inc' has a recipe of its own and no plan")
-    return make_plan(stats, weights, rounding_of(config, backend, stats))  # type: ignore[arg-type]
+    return make_plan(stats, weights, rounding_of(config, backend, stats, model))  # type: ignore[arg-type]
 
 
 def check_config(config: QuantConfig, model: nn.Module | None = None) -> None:
@@ -84,7 +85,7 @@ def check_config(config: QuantConfig, model: nn.Module | None = None) -> None:
     if config.max_drop is not None and config.observer != "minmax":
         raise ConfigError("--max_drop goes with --observer minmax")
     if not isinstance(backend, IncBackend):
-        rounding(config, backend)
+        rounding(config, backend, model)
     elif (
         config.observer != "minmax"
         or config.activations not in (None, STATIC)
@@ -100,16 +101,20 @@ def check_config(config: QuantConfig, model: nn.Module | None = None) -> None:
         )
 
 
-def rounding(config: QuantConfig, backend: Backend) -> Rounding:
-    """What a plan for `backend` is asked for: the config, its open choice made.
+def rounding(config: QuantConfig, backend: Backend, model: nn.Module | None) -> Rounding:
+    """What a plan for `backend` is asked for: the config, its open choices made.
+
+    Without `model` its head stays float unless the config says otherwise.
 
     Raises:
         ConfigError: The backend does not round per token, and the config asks for it.
     """
-    wanted = config.activations
-    if wanted is None:
-        mixes = config.searches_alpha and backend.rounds_tokens and not config.portable
-        wanted = MIXED if mixes else STATIC
+    mixes = config.searches_alpha and backend.rounds_tokens and not config.portable
+    wanted = config.activations or (MIXED if mixes else STATIC)
+    lm_head = config.quant_lm_head
+    if lm_head is None:
+        free = mixes and wanted != STATIC and config.max_drop is None
+        lm_head = free and model is not None and has_small_head(model)
     if (wanted != STATIC or config.quant_lm_head) and not backend.rounds_tokens:
         raise ConfigError(
             f"backend {backend.name!r} rounds per tensor only: use --activations static without "
@@ -118,21 +123,25 @@ def rounding(config: QuantConfig, backend: Backend) -> Rounding:
     if config.quant_lm_head and config.portable:
         raise ConfigError("--portable goes without --quant_lm_head: other formats keep it float")
     weights = config.weight_rounding or (GPTQ if config.searches_alpha else NEAREST)
-    return Rounding(config.alpha, wanted, weights, config.portable, config.quant_lm_head)
+    return Rounding(config.alpha, wanted, weights, config.portable, lm_head)
 
 
-def rounding_of(config: QuantConfig, backend: Backend, stats: ActStats) -> Rounding:
-    """As `rounding`, from what the statistics hold: weights by GPTQ only where they have Hessians.
+def rounding_of(
+    config: QuantConfig, backend: Backend, stats: ActStats, model: nn.Module
+) -> Rounding:
+    """As `rounding`, from what the statistics hold: GPTQ only with Hessians, a head only with its.
 
     Raises:
         ConfigError: See `rounding`.
     """
-    wanted = rounding(config, backend)
+    wanted = rounding(config, backend, model)
     if wanted.lm_head and stats.head is None:
-        raise ConfigError(
-            "--quant_lm_head needs statistics of the head, which scales files do not hold: "
-            "calibrate(model, batches, lm_head=True)"
-        )
+        if config.quant_lm_head:
+            raise ConfigError(
+                "--quant_lm_head needs statistics of the head, which scales files do not hold: "
+                "calibrate(model, batches, lm_head=True)"
+            )
+        wanted = replace(wanted, lm_head=False)
     open_choice = config.weight_rounding is None and not stats.hessians
     return replace(wanted, weights=NEAREST) if open_choice else wanted
 
@@ -207,7 +216,7 @@ def _quantize_with_plan(
     assert isinstance(backend, Backend)  # noqa: S101
     if isinstance(batches, ActStats) and config.observer != "minmax":
         raise ConfigError(f"observer {config.observer!r} makes a second pass: pass the batches")
-    wanted = rounding(config, backend)
+    wanted = rounding(config, backend, model)
     stats = batches
     if not isinstance(stats, ActStats):
         stats = calibrate(

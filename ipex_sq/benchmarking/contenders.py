@@ -11,7 +11,7 @@ from torch import nn
 
 from ipex_sq.backends.base import Backend
 from ipex_sq.backends.native import NativeBackend
-from ipex_sq.backends.quantization import check_config, quantize_model
+from ipex_sq.backends.quantization import check_config, quantize_model, rounding
 from ipex_sq.backends.registry import choose_backend
 from ipex_sq.benchmarking.peers import PEERS, Peer, build_peer, check_peer
 from ipex_sq.benchmarking.subjects import Subject
@@ -62,11 +62,13 @@ class Contender:
         wanted = self.quant.dtype if self.quant else None
         return wanted or choose_backend(self.backend).backend.float_dtype
 
-    @property
-    def head_precision(self) -> str:
-        """The head runs in this precision."""
-        int8 = self.quant is not None and self.quant.quant_lm_head
-        return "int8" if int8 else self.float_precision
+    def head_precision(self, model: nn.Module) -> str:
+        """The head of the float `model` runs in this precision."""
+        if self.quant is not None:
+            backend = choose_backend(self.quant.backend).backend
+            if isinstance(backend, Backend) and rounding(self.quant, backend, model).lm_head:
+                return "int8"
+        return self.float_precision
 
 
 def contenders(quants: list[tuple[str, QuantConfig]], *, compare: bool) -> list[Contender]:
@@ -90,14 +92,14 @@ def peer_contenders(names: Sequence[str]) -> list[Contender]:
 
 
 def int8_quants(
-    backends: tuple[str, ...], labels: tuple[str, ...], *, lm_head: bool = False
+    backends: tuple[str, ...], labels: tuple[str, ...], *, lm_head: bool | None = None
 ) -> list[tuple[str, QuantConfig]]:
     """Recipes to time: each label ("int8", "int8+sq") on each backend.
 
     Args:
         backends: Names.
         labels: "int8", "int8+sq".
-        lm_head: With the head in int8.
+        lm_head: With the head in int8; None: as `QuantConfig` decides.
 
     Raises:
         ConfigError: A backend whose speed says nothing, or that keeps the head float.
@@ -147,7 +149,7 @@ def prepare(contender: Contender, subject: Subject, *, generates: bool = False) 
     loaded = subject.load()
     model, batches = loaded.model, loaded.batches
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    work = work_of(model, contender.precision, contender.head_precision)
+    work = work_of(model, contender.precision, contender.head_precision(model))
     if contender.peer:
         model = build_peer(contender.backend, model, batches, generates=generates)
     elif contender.quant is not None:

@@ -64,7 +64,7 @@ def parser() -> Parser:
     flags.add_flag("sq", action="store_true", help="time it with SmoothQuant (needs --int8)")
     flags.add_flag(
         "quant_lm_head",
-        action="store_true",
+        action="switch",
         help=setting_help(QuantConfig, "quant_lm_head"),
     )
     flags.add_flag(
@@ -141,7 +141,7 @@ def _quants(flags: argparse.Namespace, folder: Path | None) -> Any:
     from ipex_sq.benchmarking.contenders import int8_quants
 
     if not (flags.int8 or (flags.compare and folder is None)):
-        if flags.quant_lm_head:
+        if flags.quant_lm_head is not None:
             raise ConfigError("--quant_lm_head rounds the head of an INT8 model: add --int8")
         return []
     labels = ("int8", "int8+sq") if flags.compare else ("int8+sq" if flags.sq else "int8",)

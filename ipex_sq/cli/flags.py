@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -14,6 +14,26 @@ from ipex_sq.distributed import processes
 from ipex_sq.errors import ConfigError
 
 Config = TypeVar("Config")
+
+
+class _Switch(argparse.Action):
+    """A flag that is True as --name, False as --no_name, and its default where neither is given."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        """As argparse calls it, for a flag in both spellings."""
+        names = [text.removeprefix("--") for text in option_strings]
+        self._off = [f"--no{'-' if '-' in name else '_'}{name}" for name in names]
+        super().__init__([*option_strings, *self._off], dest, nargs=0, **options)
+
+    def __call__(
+        self,
+        _parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        _values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Set what the spelling says."""
+        setattr(namespace, self.dest, option_string not in self._off)
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +49,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.register("action", "switch", _Switch)
 
     def parse_args(self, *arguments: Any, **options: Any) -> Any:
         """As argparse, for a command that runs alone or shares its work.

@@ -35,7 +35,7 @@ def parser() -> Parser:
     add_alpha(flags)
     flags.add_config(
         QuantConfig,
-        skip=("alpha", "backend", "dtype", "observer", "percentile", "max_drop", "quant_lm_head"),
+        skip=("alpha", "backend", "dtype", "observer", "percentile", "max_drop"),
     )
     flags.add_config(DataConfig, skip=("limit",))
     flags.add_flag("texts", type=int, default=4, help="texts to measure on (default: 4)")

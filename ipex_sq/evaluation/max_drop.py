@@ -58,7 +58,7 @@ def plan_within_drop(search: Search, config: QuantConfig, backend: Backend) -> Q
     """
     assert config.max_drop is not None  # noqa: S101
     allowed = parse_drop(config.max_drop)
-    asked = rounding_of(config, backend, search.stats)
+    asked = rounding_of(config, backend, search.stats, search.model)
     start = asked.activations if config.activations else STATIC
     wanted = replace(asked, activations=start)
     weights = {name: search.model.get_submodule(name).weight for name in search.stats.linears}

@@ -70,7 +70,7 @@ class SharedCalibration:
         """Statistics of the float `model`, with the samples and Hessians that the recipe needs."""
         backend = choose_backend(quant.backend).backend
         assert isinstance(backend, Backend)  # noqa: S101
-        wanted = rounding(quant, backend)
+        wanted = rounding(quant, backend, model)
         lacks_head = wanted.lm_head and self._stats is not None and self._stats.head is None
         if self._stats is None or lacks_head or (wanted.needs_hessians and not self._has_hessians):
             self._has_hessians = wanted.needs_hessians

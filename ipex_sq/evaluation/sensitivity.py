@@ -68,8 +68,14 @@ def measure_sensitivity(
         model_config.model_name_or_path, trust_remote_code=model_config.trust_remote_code
     )
     batches = calibration_batches(calibration.documents, tokenizer, most_tokens, appended=False)
-    wanted = rounding(quant, ReferenceBackend())
-    stats = calibrate(model, batches, samples=wanted.needs_samples, hessians=wanted.needs_hessians)
+    wanted = rounding(quant, ReferenceBackend(), model)
+    stats = calibrate(
+        model,
+        batches,
+        samples=wanted.needs_samples,
+        hessians=wanted.needs_hessians,
+        lm_head=wanted.lm_head,
+    )
     decided, _ = apply_smoothing(model, plan(model, stats, quant), stats.example)
     rows = [row for batch in batches for row in rows_of(batch)]
     chosen = [rows[index * len(rows) // count] for index in range(min(count, len(rows)))]

@@ -24,7 +24,7 @@ from ipex_sq.models.onednn import calibration_dtype, fits_packed, onednn_linears
 from ipex_sq.models.readiness import check_linears, prepare_float, readable_rows
 from ipex_sq.models.running import run_body, run_model
 from ipex_sq.models.sampling import sample_groups, set_apart
-from ipex_sq.models.topology import find_topology, quantizable_linears
+from ipex_sq.models.topology import find_topology, has_small_head, quantizable_linears
 from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.batching import Batch, without_padding
 from ipex_sq.recipe.gptq import (
@@ -48,7 +48,7 @@ def calibrate(
     *,
     samples: bool = True,
     hessians: bool = True,
-    lm_head: bool = False,
+    lm_head: bool | None = None,
 ) -> ActStats:
     """Run the float model over `batches` and record what its Linears are fed.
 
@@ -58,7 +58,8 @@ def calibrate(
         source: Where the texts came from, kept with the statistics.
         samples: Also run a few texts backward, as the search of alpha needs (`add_samples`).
         hessians: Also gather what GPTQ needs, unless it takes more than `MOST_HESSIAN_BYTES`.
-        lm_head: Also for a language model's head (`QuantConfig.quant_lm_head`).
+        lm_head: Also for a language model's head (`QuantConfig.quant_lm_head`). None: with
+            `samples`, where it becomes int8 by default.
 
     Raises:
         CalibrationError: No batches, a mask with holes, a Linear never reached, a value not finite.
@@ -67,6 +68,8 @@ def calibrate(
     """
     start = time.perf_counter()
     rows = readable_rows(model, batches)
+    if lm_head is None:
+        lm_head = samples and has_small_head(model)
     _prepare(model, lm_head=lm_head)
     example = {key: value[:1] for key, value in rows[0].items()}
     short = {key: value[:, :PROBED_TOKENS] for key, value in example.items()}

@@ -22,6 +22,7 @@ from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.gptq import gptq_weight, smoothed_hessian
 from ipex_sq.recipe.plan import FLOAT, GroupPlan, LinearPlan, QuantPlan
 from ipex_sq.recipe.qparams import ActivationQParams, quantize_weight, round_rows
+from ipex_sq.recipe.row_blocks import joined_rows
 from ipex_sq.recipe.samples import GroupSample
 from ipex_sq.recipe.splitting import append_copies
 
@@ -73,7 +74,7 @@ def _round_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, stats: ActS
     linears = [smoothed_linear(model, name) for name in readers]
     # Parts of a channel have one column, and what they hold adds up to the channel.
     width = linears[0].in_features - (0 if item.channels is None else len(item.channels))
-    weight = torch.cat([linear.weight[:, :width].float() for linear in linears])
+    weight = joined_rows([linear.weight[:, :width].float() for linear in linears])
     steps = torch.cat([_steps(plan.linears[name]) for name in readers])
     if plan.weight_rounding == GPTQ:
         hessian = smoothed_hessian(stats.hessians[key], item.scale)
@@ -82,7 +83,7 @@ def _round_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, stats: ActS
         levels = quantize_weight(weight, steps)
     if not plan.corrects_biases or key not in stats.samples:
         return levels, None
-    weights = weight, levels.float() * steps[:, None]
+    weights = weight, levels.float().mul_(steps[:, None])
     return levels, _mean_error(stats.samples[key], item, plan.linears[key].activation, weights)
 
 
@@ -95,7 +96,7 @@ def _set_group(model: nn.Module, plan: QuantPlan, item: GroupPlan, rounded: _Rou
         for linear, part in zip(linears, error.split(sizes), strict=True):
             bias = -part if linear.bias is None else linear.bias - part
             linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
-    weight = append_copies(levels.float() * steps[:, None], item.channels)
+    weight = append_copies(levels.float().mul_(steps[:, None]), item.channels)
     for linear, part in zip(linears, weight.split(sizes), strict=True):
         linear.weight.copy_(part)
 

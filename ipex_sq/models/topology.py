@@ -28,6 +28,10 @@ STACKED_DIMENSIONS = 3
 """transformers 5 keeps the experts of a layer in one `[experts, out, in]` weight."""
 
 
+MOST_HEAD_BYTES = 2**30
+"""Of a language model's head in fp32 that becomes int8 by default; its search holds six of it."""
+
+
 @dataclass(frozen=True)
 class Topology:
     """Groups of Linears that may become int8, and the Linears that stay float with the reason.
@@ -49,6 +53,17 @@ def language_head(model: nn.Module) -> str | None:
     """Path of the module that gives a language model's logits; None where there is none."""
     head = output_head(model)
     return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def has_small_head(model: nn.Module) -> bool:
+    """Whether `model` is a language model with a head that becomes int8 by default.
+
+    In memory and block by block alike: a weight without data will do.
+    """
+    head = output_head(model)
+    if not isinstance(head, nn.Linear):
+        return False
+    return head.weight.numel() * torch.float32.itemsize <= MOST_HEAD_BYTES
 
 
 def quantizable_linears(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from ipex_sq.distributed import share
@@ -25,6 +24,7 @@ from ipex_sq.recipe.qparams import (
     round_rows,
     round_weight,
 )
+from ipex_sq.recipe.row_blocks import joined_rows
 from ipex_sq.recipe.samples import GroupSample
 from ipex_sq.recipe.smoothing import column_absmax, shared_absmax, smoothing_scale
 from ipex_sq.recipe.splitting import append_copies, number_of_parts, split_channels
@@ -200,7 +200,7 @@ class GroupCosts:
         assert inputs.sample is not None  # noqa: S101
         self._inputs = inputs.without_sampled_texts()
         self._sample = inputs.sample.thinned(SEARCH_ROWS)
-        self._stacked = torch.cat(list(inputs.weights))
+        self._stacked = joined_rows(inputs.weights)
         outputs = self._sample.inputs @ self._stacked.T
         self._wanted = outputs.mul_(self._sample.gradients).sum(dim=1)
 

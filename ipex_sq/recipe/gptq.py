@@ -35,6 +35,9 @@ DAMPING = 0.01
 BLOCK = 64
 """Channels that take over the errors of all before them in one product, and then among them."""
 
+NUMBERS_AT_ONCE = 2**25
+"""Of a weight; rows are independent of each other, and rounding them holds four copies."""
+
 TOGETHER = 4
 """Channels rounded at once, without regard to each other: one by one takes a third longer and gains
 less than two runs differ."""
@@ -211,7 +214,19 @@ def gptq_weight(
             "Hessian. Calibrate on more texts, or round weights to nearest (--weight_rounding "
             "nearest)"
         ) from error
-    wanted = (weight / steps[:, None]).T[order].contiguous()  # [in, out]: channels are contiguous
+    back = order.argsort()
+    rows = max(1, NUMBERS_AT_ONCE // len(order))
+    parts = zip(weight.split(rows), steps.split(rows), strict=True)
+    return torch.cat(
+        [
+            _rounded((part / step[:, None]).T[order].contiguous(), feedback)[back].T.contiguous()
+            for part, step in parts
+        ]
+    )
+
+
+def _rounded(wanted: Tensor, feedback: Tensor) -> Tensor:
+    """Levels int8 of `wanted` `[in_features, rows]`, whose channels are contiguous."""
     levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
     shifted = wanted.clone()
     for start in range(0, len(wanted), BLOCK):
@@ -222,7 +237,7 @@ def gptq_weight(
             aim = torch.addmm(shifted[now], feedback[start:first, now].T, errors[start:first])
             torch.round(aim, out=levels[now]).clamp_(-WEIGHT_MAXIMUM, WEIGHT_MAXIMUM)
             torch.sub(wanted[now], levels[now], out=errors[now])
-    return levels[order.argsort()].T.to(torch.int8).contiguous()
+    return levels.to(torch.int8)
 
 
 def _feedback(hessian: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def _alphas(
     assert search is not None  # noqa: S101
     if alpha == AUTO:
         return {key: search.best(key, mode) for key in keys}
-    return dict.fromkeys(keys, search.best_for_all(mode))
+    return dict.fromkeys(keys, search.best_for_all(wanted.modes[0]))
 
 
 def _bar(keys: Any) -> Any:

@@ -34,10 +34,14 @@ MARGIN = 2**30
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of memory at the peak, and of disk."""
+    """Bytes of memory at the peak, and of disk.
+
+    `with_float_head` is the memory were the head not quantized.
+    """
 
     memory: int
     disk: int
+    with_float_head: int
 
 
 def estimate(
@@ -68,11 +72,12 @@ def estimate(
     casting = outside // 2  # at the end, to bf16
     width, vocabulary = int(config.hidden_size), int(config.vocab_size)
     int8_head = FP32 * (GROUP_COPIES * width + MOST_ROWS) * vocabulary + 2 * FP32 * width**2
-    at_head = head + int8_head if lm_head else head
-    memory += max(at_head, casting, block + hessian + max(running, rounding, head // 3))
+    float_head = memory + max(head, casting, block + hessian + max(running, rounding, head // 3))
+    memory = max(float_head, memory + head + int8_head) if lm_head else float_head
     hidden = FP32 * sum(tokens) * width
     kept = len(blocks) * (hessian + FP32 * MOST_ROWS * sum(blocks[0].inputs))
-    return Needs(memory, 2 * hidden + kept + sum(model.sizes.values()) + outside)
+    disk = 2 * hidden + kept + sum(model.sizes.values()) + outside
+    return Needs(memory, disk, float_head)
 
 
 class _Block:
@@ -108,10 +113,13 @@ def check_needs(needs: Needs, most: int | None, folder: Path) -> None:
         left, where = available_memory()
         limit, name = left + psutil.Process().memory_info().rss, f"what is available {where}"
     if needs.memory > limit:
+        head = ""
+        if needs.with_float_head < needs.memory:
+            head = f", or keep the head float (--no_quant_lm_head: {_gib(needs.with_float_head)})"
         raise ResourceError(
             f"this needs about {_gib(needs.memory)} of memory at its peak, {name} is "
             f"{_gib(limit)}: its embeddings, one block in fp32 and what is computed with it must "
-            "fit; allow more, or calibrate on shorter texts (--calib_max_tokens)"
+            f"fit; allow more, or calibrate on shorter texts (--calib_max_tokens){head}"
         )
     kept = sum(path.stat().st_size for path in folder.rglob("*"))
     free, left = shutil.disk_usage(folder.parent).free, needs.disk - kept

@@ -88,8 +88,8 @@ class Findings:
             inside = any(producer.startswith(f"{path}.") for path in self.model.blocks)
             if group.key == self.topology.head and inside:
                 raise UnsupportedModelError(
-                    f"the scale of the head goes into {producer!r}, a part of a block: leave "
-                    "--quant_lm_head out, or quantize in memory"
+                    f"the scale of the head goes into {producer!r}, a part of a block: pass "
+                    "--no_quant_lm_head, or quantize in memory"
                 )
 
     def groups_of(self, path: str) -> list[SmoothGroup]:

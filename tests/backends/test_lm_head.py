@@ -13,10 +13,11 @@ from ipex_sq.checkpoint.integrity import file_sha256
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from ipex_sq.kernels.int8_linear import Int8Linear
+from ipex_sq.models import topology
 from ipex_sq.models.calibration import calibrate
 from ipex_sq.models.tiny import tiny_model
-from ipex_sq.models.topology import find_topology, language_head
-from ipex_sq.recipe.plan import DYNAMIC_INT8, HEAD, STATIC_INT8
+from ipex_sq.models.topology import find_topology, has_small_head, language_head
+from ipex_sq.recipe.plan import DYNAMIC_INT8, FLOAT, HEAD, STATIC_INT8
 
 FAMILIES = ("llama", "opt", "gpt2", "bloom", "gptj")
 """With a norm before the head, tied and untied, Conv1D, and one with a bias."""
@@ -70,11 +71,45 @@ def test_only_the_head_is_out_of_static_int8(alpha, activations, batches):
     assert len(decided.int8_names) == len(decided.linears)
 
 
+@pytest.mark.parametrize(
+    ("settings", "int8"),
+    [
+        ({}, True),
+        ({"alpha": "auto-global"}, True),
+        ({"activations": "dynamic"}, True),
+        ({"activations": "static"}, False),
+        ({"alpha": None}, False),
+        ({"alpha": 0.5}, False),
+        ({"alpha": 0.5, "activations": "dynamic"}, False),
+        ({"portable": True}, False),
+        ({"quant_lm_head": False}, False),
+    ],
+)
+def test_the_head_is_int8_by_default_where_alpha_is_searched(settings, int8, batches):
+    config = QuantConfig(backend="reference", **settings)
+    model = quantize(tiny_model("llama"), batches, config)
+    assert model.quant_plan.linears["lm_head"].mode == (DYNAMIC_INT8 if int8 else FLOAT)
+
+
+def test_a_large_head_stays_float_by_default(batches, monkeypatch):
+    """By its size in fp32, with weights or without, so that both ways of quantizing agree."""
+    model = tiny_model("llama")
+    size = 4 * model.lm_head.weight.numel()
+    for most, small in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(topology, "MOST_HEAD_BYTES", most)
+        assert has_small_head(model) == small
+        assert has_small_head(tiny_model("llama").to("meta")) == small
+    assert calibrate(model, batches).head is None
+    config = QuantConfig(backend="reference")
+    assert quantize(model, batches, config).quant_plan.linears["lm_head"].mode == FLOAT
+    assert not has_small_head(tiny_model("bert"))
+
+
 def test_the_rest_of_the_plan_is_the_one_without_it(batches):
     stats = calibrate(tiny_model("llama"), batches, lm_head=True)
     plans = [
         quantize(tiny_model("llama"), stats, QuantConfig(backend="reference", **more)).quant_plan
-        for more in ({}, {"quant_lm_head": True})
+        for more in ({"quant_lm_head": False}, {"quant_lm_head": True})
     ]
     (head,) = set(plans[1].int8_names) - set(plans[0].int8_names)
     assert plans[0].linears[head].reason == HEAD
@@ -170,9 +205,12 @@ def test_what_has_no_int8_head_is_refused(settings, message, batches):
 
 
 def test_statistics_without_the_head_are_refused(batches):
-    stats = calibrate(tiny_model("llama"), batches)
+    stats = calibrate(tiny_model("llama"), batches, lm_head=False)
     with pytest.raises(ConfigError, match="statistics of the head"):
         _quantized("llama", stats, backend="reference")
+    # Where nothing is said of the head, it is as the statistics are.
+    model = quantize(tiny_model("llama"), stats, QuantConfig(backend="reference"))
+    assert model.quant_plan.linears["lm_head"].mode == FLOAT
 
 
 def test_a_classifier_has_none(batches):

@@ -225,8 +225,8 @@ def test_the_whole_job_on_a_tiny_model(folder, tmp_path, capsys):
     assert json.loads(output.read_text()) == result
     assert "int8+sq" in table
     (row,) = result["results"]
-    assert (row["int8_linears"], row["float_linears"]) == (14, 1)
-    assert row["float_reasons"] == {"output head": 1}
+    assert (row["int8_linears"], row["float_linears"]) == (15, 0)
+    assert row["dynamic_reasons"] == {"output head": 1}
     assert result["rows"] == 3
     assert result["calibration"]["rows"] == 3
     for key in ("system", "versions", "command", "dataset_sha256", "model"):

@@ -29,8 +29,8 @@ def test_it_quantizes_and_says_what_it_took(folder, tmp_path, capsys):
     table, line = capsys.readouterr().out.splitlines()
     result = json.loads(line)
     assert json.loads((tmp_path / "r.json").read_text()) == result
-    assert "14 Linears in int8" in table
-    assert result["int8_linears"] == 14
+    assert "15 Linears in int8" in table
+    assert result["int8_linears"] == 15
     assert 0 < result["peak_rss_bytes"] < 6 * 2**30
     assert result["bytes"] == sum(
         p.stat().st_size for p in (tmp_path / "tiny").glob("model*.safetensors")
@@ -47,11 +47,15 @@ def test_alpha_none_and_a_number(folder, tmp_path, capsys):
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["alpha"] == alpha
 
 
-def test_the_head_too(folder, tmp_path, capsys):
-    flags = _flags(folder, tmp_path, "--max_memory", "6GiB", "--quant_lm_head")
+@pytest.mark.parametrize(
+    ("flag", "mode"), [("--quant_lm_head", "dynamic_int8"), ("--no-quant-lm-head", "float")]
+)
+def test_the_head_too_or_not(flag, mode, folder, tmp_path, capsys):
+    flags = _flags(folder, tmp_path, "--max_memory", "6GiB", flag)
     assert run(quantize.command, flags) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["int8_linears"] == 15
-    assert load(tmp_path / "tiny").quant_plan.linears["lm_head"].mode == "dynamic_int8"
+    int8 = json.loads(capsys.readouterr().out.splitlines()[-1])["int8_linears"]
+    assert int8 == (15 if mode == "dynamic_int8" else 14)
+    assert load(tmp_path / "tiny").quant_plan.linears["lm_head"].mode == mode
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from ipex_sq import __main__
 from ipex_sq.cli import eval_lambada
 from ipex_sq.cli.flags import Parser
 from ipex_sq.cli.running import check_output, write_atomically
+from ipex_sq.config import QuantConfig
 from ipex_sq.errors import ConfigError
 from ipex_sq.hub import hub_problem
 
@@ -43,6 +44,25 @@ def test_a_command_is_called_by_its_whole_name(monkeypatch):
     assert Parser("", "").format_usage().startswith("usage: python -m ipex_sq compare ")
     monkeypatch.setattr("sys.argv", ["/anywhere/benchmark.py", "--help"])
     assert Parser("", "").format_usage().startswith("usage: benchmark.py ")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], None),
+        (["--quant_lm_head"], True),
+        (["--quant-lm-head"], True),
+        (["--no_quant_lm_head"], False),
+        (["--no-quant-lm-head"], False),
+        (["--quant_lm_head", "--no-quant-lm-head"], False),
+    ],
+)
+def test_a_switch_is_on_off_or_left_open(given, wanted):
+    flags = Parser("", "")
+    flags.add_config(QuantConfig)
+    assert flags.parse_args(given).quant_lm_head is wanted
+    with pytest.raises(ConfigError, match="--no_quant_lm_head"):
+        flags.parse_args(["--no_quant_lm_head=yes"])
 
 
 def test_every_command_is_explained(capsys):

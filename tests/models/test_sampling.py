@@ -21,11 +21,21 @@ def _kl(got, wanted):
     return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
 
 
-# Not Mixtral: a router that chooses another expert is no small error (docs/log.md).
-@pytest.mark.parametrize("family", [name for name in DECODERS if name != "mixtral"])
-def test_expected_kl_meets_the_measured_one(family, batches):
+# Not Mixtral: a router that chooses another expert is no small error (docs/log.md). Nor the head of
+# OPT-350m, whose errors are nearly the same for every token: biases take them up, which the cost
+# does not count.
+@pytest.mark.parametrize(
+    ("family", "lm_head"),
+    [
+        (family, lm_head)
+        for family in DECODERS
+        for lm_head in (False, True)
+        if family != "mixtral" and (family, lm_head) != ("opt-350m", True)
+    ],
+)
+def test_expected_kl_meets_the_measured_one(family, lm_head, batches):
     model = tiny_model(family)
-    stats = calibrate(model, batches)
+    stats = calibrate(model, batches, lm_head=lm_head)
     # Measured on a text that the ranges hold: so must be expected what no clipping costs.
     stats = replace(stats, unsampled=stats.linears)
     wanted = logits_of(model, batches[0])
@@ -94,9 +104,12 @@ def test_a_search_without_samples_says_what_to_do(batches):
 
 def test_auto_global_is_one_alpha_and_auto_is_no_worse(batches):
     model = tiny_model("llama")
-    stats = calibrate(model, batches)
-    one, many = (plan(model, stats, QuantConfig(alpha=a)) for a in ("auto-global", "auto"))
-    assert one.alpha_range == (one.alpha, one.alpha)
-    assert many.alpha == "auto"
-    assert many.expected_kl <= one.expected_kl
-    assert one.expected_kl == pytest.approx(min(one.alpha_kl.values()))
+    for lm_head in (False, True):
+        stats = calibrate(model, batches, lm_head=lm_head)
+        one, many = (plan(model, stats, QuantConfig(alpha=a)) for a in ("auto-global", "auto"))
+        assert one.alpha_range == (one.alpha, one.alpha)
+        assert many.alpha == "auto"
+        assert many.expected_kl <= one.expected_kl
+        head = one.groups["lm_head"].expected_kl if lm_head else 0.0
+        # It is the best of the Linears that all may have.
+        assert one.expected_kl - head == pytest.approx(min(one.alpha_kl.values()))

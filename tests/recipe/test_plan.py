@@ -7,13 +7,12 @@ from ipex_sq.backends.quantization import plan
 from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CheckpointError
 from ipex_sq.models.calibration import calibrate
+from ipex_sq.models.tiny import tiny_model
 from ipex_sq.recipe.plan_files import plan_from_json, plan_tensors, plan_to_json
 
 
 @pytest.fixture(scope="module")
 def decided(request):
-    from ipex_sq.models.tiny import tiny_model
-
     batches = request.getfixturevalue("batches")
     model = tiny_model("llama")
     return plan(model, calibrate(model, batches), QuantConfig(alpha="auto"))
@@ -28,9 +27,17 @@ def test_a_plan_survives_serialisation(decided):
 
 
 def test_every_linear_is_int8_or_has_a_reason(decided):
+    assert len(decided.int8_names) == len(decided.linears) == 15
+    assert decided.reasons("dynamic_int8") == {"output head": 1}
+
+
+def test_a_linear_that_stays_float_has_a_reason(batches):
+    model = tiny_model("llama")
+    config = QuantConfig(alpha="auto", quant_lm_head=False)
+    decided = plan(model, calibrate(model, batches), config)
     assert len(decided.int8_names) == 14
     assert decided.reasons("float") == {"output head": 1}
-    assert all(item.reason for item in decided.linears.values() if item.mode == "float")
+    assert decided.linears["lm_head"].mode == "float"
 
 
 def test_readers_of_one_tensor_share_scale_and_range(decided):
