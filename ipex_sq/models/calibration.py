@@ -24,7 +24,12 @@ from ipex_sq.models.onednn import calibration_dtype, fits_packed, onednn_linears
 from ipex_sq.models.readiness import check_linears, prepare_float, readable_rows
 from ipex_sq.models.running import run_body, run_model
 from ipex_sq.models.sampling import sample_groups, set_apart
-from ipex_sq.models.topology import find_topology, has_small_head, quantizable_linears
+from ipex_sq.models.topology import (
+    Topology,
+    find_topology,
+    has_small_head,
+    quantizable_linears,
+)
 from ipex_sq.recipe.act_stats import ActStats
 from ipex_sq.recipe.batching import Batch, without_padding
 from ipex_sq.recipe.gptq import (
@@ -68,16 +73,13 @@ def calibrate(
     """
     start = time.perf_counter()
     rows = readable_rows(model, batches)
-    if lm_head is None:
-        lm_head = samples and has_small_head(model)
+    lm_head = samples and has_small_head(model) if lm_head is None else lm_head
     _prepare(model, lm_head=lm_head)
     example = {key: value[:1] for key, value in rows[0].items()}
     short = {key: value[:, :PROBED_TOKENS] for key, value in example.items()}
     topology = find_topology(model, [short, *rows], lm_head=lm_head)
     linears = {name: smoothed_linear(model, name) for name in topology.readers}
-    readers = {group.key: linears[group.key] for group in topology.groups} if hessians else {}
-    if not fit_hessians(linear.in_features for linear in readers.values()):
-        readers = {}
+    readers = _first_readers(linears, topology) if hessians else {}
     packed = fits_packed(linear.weight.numel() for linear in _of_body(linears, topology.head))
     seen = observe(model, rows, linears, readers=readers, packed=packed, head=topology.head)
     stats = ActStats(
@@ -94,6 +96,12 @@ def calibrate(
         head=topology.head,
     )
     return add_samples(model, stats, rows) if samples else stats
+
+
+def _first_readers(linears: Mapping[str, nn.Linear], topology: Topology) -> dict[str, nn.Linear]:
+    """One Linear of each group, by group key; none where Hessians of their inputs would not fit."""
+    readers = {group.key: linears[group.key] for group in topology.groups}
+    return readers if fit_hessians(item.in_features for item in readers.values()) else {}
 
 
 def _prepare(model: nn.Module, *, lm_head: bool = False) -> None:
