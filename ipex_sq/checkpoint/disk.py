@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ SAVE_AGAIN = "free space and save again"
 RESUME = "free space and go on with --resume"
 _FOREIGN = ("No space left", "PytorchStreamWriter failed", "Disk quota exceeded")
 """How libraries in Rust and C++ say that a file cannot be written: not by an OSError."""
+
+_RELATIVE_TO_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux."""
 
 
 def make_durable(path: Path) -> None:
@@ -31,6 +35,21 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Give each of two folders the other's name, in one step that a kill cannot divide.
+
+    False, and nothing has changed, where one is not there or the system cannot (Python's `os` has
+    no such call; glibc has it from 2.28 on, some network file systems refuse it).
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    places = [item for name in names for item in (_RELATIVE_TO_HERE, name)]
+    return bool(rename(*places, ctypes.c_uint(_EXCHANGE)) == 0)
 
 
 @contextmanager

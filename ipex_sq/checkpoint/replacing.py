@@ -11,7 +11,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ipex_sq.checkpoint.disk import SAVE_AGAIN, disk_errors, link_or_copy, make_durable
+from ipex_sq.checkpoint.disk import (
+    SAVE_AGAIN,
+    disk_errors,
+    exchange,
+    link_or_copy,
+    make_durable,
+)
 from ipex_sq.checkpoint.folders import (
     CONFIG,
     PLAN_JSON,
@@ -77,9 +83,14 @@ def replace_folder(
 def _swap(scratch: Path, place: Path) -> None:
     """Put `scratch` in the place of `place`, whose old content goes only when that is done.
 
+    Where folders cannot be exchanged, a kill between two renames leaves both under hidden names.
+
     Raises:
         ResourceError: It cannot be put there.
     """
+    if exchange(scratch, place):  # the caller removes the old content, which is in `scratch` now
+        make_durable(place.parent)
+        return
     old = scratch.with_name(f"{scratch.name}-old")
     try:
         if place.exists():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ipex_sq.checkpoint import folders, replacing
+from ipex_sq.checkpoint.disk import exchange
 from ipex_sq.checkpoint.folders import MANIFEST, check_writable, read_manifest, write_manifest
 from ipex_sq.checkpoint.integrity import check_transformers
 from ipex_sq.checkpoint.replacing import replace_folder
@@ -91,6 +92,41 @@ def _failing(count, error, before=lambda: None):
     return replace
 
 
+@pytest.fixture
+def two_renames(monkeypatch):
+    """As where the system cannot exchange folders."""
+    monkeypatch.setattr(replacing, "exchange", lambda _first, _second: False)
+
+
+def test_folders_are_exchanged_in_one_step(tmp_path, monkeypatch):
+    """At no moment is there no folder, or half of one."""
+    folder = _write_old(tmp_path / "out")
+    before, seen, real = _files(folder), [], replacing.exchange
+
+    def watched(scratch, place):
+        seen.append(_files(place))
+        done = real(scratch, place)
+        seen.append(_files(place))
+        assert _files(scratch) == before
+        return done
+
+    monkeypatch.setattr(replacing, "exchange", watched)
+    monkeypatch.setattr(replacing.os, "replace", _failing(1, OSError(errno.EBUSY, "busy")))
+    replace_folder(folder, _writer(model_safetensors="new"))
+    assert seen == [before, _files(folder)]
+    assert _files(folder)["model.safetensors"] == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_exchanged_is_left(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("a")
+    assert not exchange(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a" / "file").read_text() == "a"
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.usefixtures("two_renames")
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EBUSY, "busy")])
 def test_an_interrupted_swap_leaves_the_old_folder(error, count, tmp_path, monkeypatch):
@@ -104,6 +140,7 @@ def test_an_interrupted_swap_leaves_the_old_folder(error, count, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.usefixtures("two_renames")
 def test_a_second_writer_costs_nothing_that_was_there(tmp_path, monkeypatch):
     folder = _write_old(tmp_path / "out")
     (folder / "notes.txt").write_text("mine")
