@@ -163,13 +163,22 @@ def _identity(
     files = weight_files(source)
     bar = tqdm(files, desc="digests", unit="file", disable=None, leave=False)
     return {
-        "ipex_sq": __version__,
+        "ipex_sq": {"version": __version__, "code": code_sha256()},
         "versions": package_versions(),
         "files": {str(path.relative_to(source)): file_sha256(path) for path in bar},
         "config": asdict(config),
         "texts": dict(texts),
         "token_ids": ids.hexdigest(),
     }
+
+
+def code_sha256() -> str:
+    """Digest of this package: a run does not go on with code that may round otherwise."""
+    package, found = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h"):
+            found.update(f"{path.relative_to(package)} {file_sha256(path)}\n".encode())
+    return found.hexdigest()
 
 
 @contextmanager

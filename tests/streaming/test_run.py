@@ -281,11 +281,15 @@ def test_two_processes_do_not_share_a_run(unfinished, batches):
     assert _resume(unfinished, batches).plan.int8_names
 
 
-def test_other_work_is_not_resumed(unfinished, batches):
+def test_other_work_is_not_resumed(unfinished, batches, monkeypatch):
     with pytest.raises(ConfigError, match=r"config\.alpha changed"):
         _resume(unfinished, batches, replace(NATIVE, alpha=0.5))
     with pytest.raises(ConfigError, match=r"texts\.dataset changed"):
         _resume(unfinished, batches, texts={"dataset": "others"})
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "code_sha256", lambda: "of a later version")
+        with pytest.raises(ConfigError, match=r"ipex_sq\.code changed"):
+            _resume(unfinished, batches)
     with pytest.raises(ConfigError, match="token_ids changed"):
         _resume(unfinished, batches[:2])
     config = unfinished[0] / "config.json"
