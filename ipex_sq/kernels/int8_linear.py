@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ipex_sq.errors import ConfigError
-from ipex_sq.kernels import onednn_linear  # noqa: F401, its operator
 from ipex_sq.kernels.brgemm import GROUP, MOST_ROWS, brgemm_built, pack_rows, sum_rows, unpack_rows
 from ipex_sq.kernels.levels import input_levels, token_levels
+from ipex_sq.kernels.onednn_linear import pack_weight, unpack_weight
 from ipex_sq.kernels.weight_memory import WeightMemory
 from ipex_sq.recipe.plan import PreScale
 from ipex_sq.recipe.qparams import (
@@ -103,7 +103,7 @@ class Int8Linear(nn.Module):
         if only_rows:
             self._pack_rows(weight, memory)
         if self.row_weight is None:
-            self.packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+            self.packed = pack_weight(weight)
             self.weight_zero_points = torch.zeros(self.out_features, dtype=torch.int32)
 
     @classmethod
@@ -218,6 +218,16 @@ class Int8Linear(nn.Module):
         """
         raise ConfigError("a state dict lacks int8 weights: use ipex_sq.save and ipex_sq.load")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which cannot read oneDNN's layout: plain levels in its place."""
+        packed = None if self.packed is None else unpack_weight(self.packed)
+        return {**self.__dict__, "_buffers": {**self._buffers, "packed": packed}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pack the levels again."""
+        super().__setstate__(state)
+        self.packed = None if self.packed is None else pack_weight(self.packed)
+
     def move_weight(self, memory: WeightMemory) -> None:
         """Move the levels in brgemm's layout, if there are any, into `memory`."""
         if self.row_weight is not None:
@@ -227,7 +237,7 @@ class Int8Linear(nn.Module):
     def weight(self) -> Tensor:
         """int8 levels, `[out_features, in_features]`, unpacked from the kernel's layout."""
         if self.packed is not None:
-            return self.packed.to_dense().t().contiguous()
+            return unpack_weight(self.packed)
         assert self.row_weight is not None  # noqa: S101
         return unpack_rows(self.row_weight, self.out_features)
 
@@ -283,15 +293,8 @@ class Int8Linear(nn.Module):
         return output
 
     def _multiply(self, levels: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        weight = self.packed, self.weight_scale, self.weight_zero_points, bias
         output: Tensor = torch.ops.ipex_sq.int8_linear(
-            levels,
-            self.input_scale,
-            self.input_zero_point,
-            self.packed,
-            self.weight_scale,
-            self.weight_zero_points,
-            bias,
-            dtype,
-            self.out_features,
+            levels, self.input_scale, self.input_zero_point, *weight, dtype, self.out_features
         )
         return output

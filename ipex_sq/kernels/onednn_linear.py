@@ -1,4 +1,4 @@
-"""The operator `ipex_sq::int8_linear`: PyTorch's oneDNN product, AMX, AVX512-VNNI or AVX2-VNNI.
+"""The operator `ipex_sq::int8_linear`, PyTorch's oneDNN product (AMX, VNNI), and its weights.
 
 Inductor lowers oneDNN's operator by itself only where weights are constants of the graph, which
 one graph shared by all layers cannot have; wrapped in an operator of our own it is left alone.
@@ -14,6 +14,17 @@ _LIBRARY.define(
     "int8_linear(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor packed, Tensor scale, "
     "Tensor zero_points, Tensor? bias, ScalarType dtype, int out_features) -> Tensor"
 )
+
+
+def pack_weight(levels: Tensor) -> Tensor:
+    """Int8 `levels` `[out_features, in_features]` in oneDNN's layout, an opaque tensor."""
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(levels.contiguous(), None)
+    return packed
+
+
+def unpack_weight(packed: Tensor) -> Tensor:
+    """The `levels` that `pack_weight` was given."""
+    return packed.to_dense().t().contiguous()
 
 
 def _run(
