@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ipex_sq.checkpoint.compressed import save_compressed as save_compressed
     from ipex_sq.checkpoint.saving import load as load
     from ipex_sq.checkpoint.saving import save as save
-    from ipex_sq.compiling.compiled_layers import compile_prefill as compile_prefill
     from ipex_sq.config import DataConfig as DataConfig
     from ipex_sq.config import EvaluationConfig as EvaluationConfig
     from ipex_sq.config import QuantConfig as QuantConfig
@@ -46,7 +45,6 @@ _HOMES = {
     "available_backends": "backends.registry",
     "calibrate": "models.calibration",
     "calibration_batches": "data.calibration",
-    "compile_prefill": "compiling.compiled_layers",
     "evaluate_classifier": "evaluation.classification",
     "evaluate_lambada": "evaluation.lambada",
     "load": "checkpoint.saving",

@@ -19,7 +19,6 @@ from ipex_sq.benchmarking.work import Work, work_of
 from ipex_sq.checkpoint.folders import read_manifest
 from ipex_sq.checkpoint.plans import load_plan
 from ipex_sq.checkpoint.saving import load
-from ipex_sq.compiling.compiled_layers import compile_prefill
 from ipex_sq.config import AUTO, QuantConfig
 from ipex_sq.errors import ConfigError
 from ipex_sq.models.loading import load_tokenizer, skeleton
@@ -141,19 +140,10 @@ def prepare(contender: Contender, subject: Subject, *, generates: bool = False) 
     Args:
         contender: Which.
         subject: What it is made of.
-        generates: Whether `generate` is asked for: a peer may need another graph, and what is
-            compiled runs prompts compiled too.
+        generates: Whether `generate` is asked for: a peer may need another graph.
     """
     if contender.checkpoint is not None:
-        prepared = _from_checkpoint(contender, Path(contender.checkpoint))
-    else:
-        prepared = _from_float(contender, subject, generates=generates)
-    if generates and contender.backend in (COMPILED, NativeBackend.name):
-        compile_prefill(prepared.model)
-    return prepared
-
-
-def _from_float(contender: Contender, subject: Subject, *, generates: bool) -> Prepared:
+        return _from_checkpoint(contender, Path(contender.checkpoint))
     if contender.peer:
         check_peer(contender.backend, generates=generates)
     loaded = subject.load()

@@ -2,8 +2,7 @@
 
 Compiling a whole model costs minutes; its layers are alike, so one compiled layer serves them all
 in seconds. With a key-value cache the prompt runs as written, so that the first token comes at
-once, unless `compile_prefill` was called; every further token goes through a graph for steps
-(`stepping.py`).
+once, and every further token goes through a graph for steps (`stepping.py`).
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from ipex_sq.compiling.hooks import HooksInside
 from ipex_sq.compiling.last_layer import ClassifierForward, CutLayer
 from ipex_sq.compiling.one_thread import one_at_a_time
 from ipex_sq.compiling.stepping import LayerStep, StepGraphs
-from ipex_sq.errors import UnsupportedModelError
 from ipex_sq.kernels.attention import kernel_for_attention
 from ipex_sq.kernels.brgemm import MOST_ROWS
 from ipex_sq.kernels.head import widen_logits
-from ipex_sq.models.caching import PromptCache, is_cache, is_empty, layer_index, past_of, with_cache
+from ipex_sq.models.caching import is_cache, layer_index, past_of
 from ipex_sq.models.first_token import find_first_token
 from ipex_sq.models.layers import find_layers
 from ipex_sq.system import keep_freed_memory
@@ -69,35 +67,6 @@ def compile_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def compile_prefill(model: nn.Module) -> nn.Module:
-    """Let `generate()` run prompts compiled as well, for a process that answers many of them.
-
-    The first prompt then waits for the compiler, as do the first of one text and the first padded
-    one; those of other lengths and numbers of texts do not. Logits are those of a forward pass
-    without a cache, whose last bits are not those of a prompt as written. Prompts behind a cache
-    that holds tokens already, or has a fixed size, stay as written.
-
-    Args:
-        model: Int8 of the native backend, changed in place.
-
-    Returns:
-        The model.
-
-    Raises:
-        UnsupportedModelError: No layer of it is compiled.
-    """
-    forwards = [layer.forward for layer in find_layers(model)]
-    compiled = [forward for forward in forwards if isinstance(forward, _CompiledForward)]
-    if not compiled:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no compiled layers: pass an int8 model of the native "
-            "backend"
-        )
-    for forward in compiled:
-        forward.prefills = True
-    return model
-
-
 class _CompiledForward:
     """Runs the compiled layer; with a key-value cache, compiled steps after a prompt as written.
 
@@ -106,11 +75,9 @@ class _CompiledForward:
 
     Attributes:
         cut: What may run in the layer's place, or None.
-        prefills: Whether a prompt runs compiled too.
     """
 
     cut: CutLayer | None = None
-    prefills = False
 
     def __init__(self, layer: nn.Module, graphs: StepGraphs) -> None:
         forward: Any = layer.forward
@@ -120,8 +87,8 @@ class _CompiledForward:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a file: what was compiled is bound to this layer, and stays behind."""
-        kept = ("_layer", "_function", "_graphs", "cut", "prefills")
-        return {name: value for name, value in vars(self).items() if name in kept}
+        state = {"_layer": self._layer, "_function": self._function, "_graphs": self._graphs}
+        return state if self.cut is None else {**state, "cut": self.cut}
 
     @cached_property
     def _eager(self) -> Callable[..., Any]:
@@ -163,7 +130,8 @@ class _CompiledForward:
         if name is None:
             if self._hooks.any() or _wants_gradient(named):
                 return self._as_written(*args, **kwargs)
-            _set_compiler()
+            if not _SET.get():
+                _set_compiler()
             if self.cut is not None and self.cut.is_enough():
                 return self._compiled_cut(self.cut.current(), *args, **kwargs)
             return self._compiled(*args, **kwargs)
@@ -171,26 +139,11 @@ class _CompiledForward:
         past = past_of(named[name], self._index)
         # Gradients need each step's keys and values as they were, not a buffer that is written to.
         if self._index is None or past is None or shape[-2] != 1 or torch.is_grad_enabled():
-            if self._prefills_into(named[name]):
-                return self._prefill(name, named)
             return self._as_written(*args, **kwargs)
         if self._unprepared and shape[0] <= MOST_ROWS:
             self._prepare()
         cache = named.pop(name)
         return self._step.run(name, cache, self._index, named)
-
-    def _prefills_into(self, cache: Any) -> bool:
-        wanted = self.prefills and not torch.is_grad_enabled()
-        return wanted and is_empty(cache, self._index) and not self._hooks.any()
-
-    def _prefill(self, name: str, arguments: dict[str, Any]) -> Any:
-        """The layer's outputs; the empty cache, its argument `name`, holds the prompt then."""
-        _set_compiler()
-        cache, here = arguments[name], PromptCache()
-        outputs = self._compiled(**{**arguments, name: here})
-        if here.held is not None:
-            cache.update(*here.held, self._index)
-        return with_cache(outputs, cache)
 
     def _as_written(self, *args: Any, **kwargs: Any) -> Any:
         with kernel_for_attention():
@@ -204,8 +157,6 @@ class _CompiledForward:
 
 
 def _set_compiler() -> None:
-    if _SET.get():
-        return
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * KINDS)

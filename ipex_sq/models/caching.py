@@ -72,26 +72,6 @@ class LayerCache:
         return self._room.tokens - 1
 
 
-class PromptCache:
-    """Stands for an empty growing cache inside one layer that runs on the first tokens.
-
-    Attributes:
-        held: What it was given, or None.
-    """
-
-    def __init__(self) -> None:
-        self.held: KeysAndValues | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> KeysAndValues:
-        """What the cache would return: the first tokens are all there are."""
-        self.held = keys, values
-        return self.held
-
-    def get_seq_length(self, _index: int = 0) -> int:
-        """How many tokens the cache holds."""
-        return 0
-
-
 class _Buffers:
     """Memory behind the keys and values that a cache shows.
 
@@ -149,22 +129,6 @@ def past_of(cache: Any, index: int | None) -> KeysAndValues | None:
     return _unless_empty(layer.keys, layer.values) if layer.is_initialized else None
 
 
-def is_empty(cache: Any, index: int | None) -> bool:
-    """Whether `cache` holds nothing for layer `index` yet and will grow: `PromptCache` can stand.
-
-    It shows a layer the first tokens as they are, and keeps of them what it will.
-    """
-    if index is None or cache is None:
-        return False
-    layers = getattr(cache, "layers", None)
-    if layers is None:  # transformers 4
-        return type(cache).__name__ == "DynamicCache" and index >= len(cache)
-    if index >= len(layers):
-        return type(cache).__name__ == "DynamicCache"
-    growing = type(layers[index]).__name__ in (APPENDED, SLIDING)
-    return growing and not layers[index].is_initialized
-
-
 def _unless_empty(keys: Tensor, values: Tensor) -> KeysAndValues | None:
     # Before the first token they are tensors of one dimension.
     return (keys, values) if keys.numel() else None
@@ -201,8 +165,7 @@ def with_cache(outputs: Any, cache: Any) -> Any:
     """`outputs` of a layer that hands its cache on, with `cache` for what stood in its place."""
     if not isinstance(outputs, tuple):
         return outputs
-    stand_ins = LayerCache, PromptCache
-    return tuple(cache if isinstance(item, stand_ins) else item for item in outputs)
+    return tuple(cache if isinstance(item, LayerCache) else item for item in outputs)
 
 
 def _owner(cache: Any, index: int) -> Any:
