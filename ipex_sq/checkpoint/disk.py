@@ -44,7 +44,7 @@ def exchange(first: Path, second: Path) -> bool:
     no such call; glibc has it from 2.28 on, some network file systems refuse it).
     """
     try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        rename = ctypes.CDLL(None).renameat2
     except AttributeError:
         return False
     names = os.fsencode(first), os.fsencode(second)

@@ -31,7 +31,7 @@ from ipex_sq.recipe.plan import DYNAMIC_INT8
 from ipex_sq.recipe.plan_files import plan_tensors, plan_to_json
 from ipex_sq.streaming import journal, run
 from ipex_sq.streaming.blocks import StreamedModel
-from ipex_sq.streaming.budget import estimate
+from ipex_sq.streaming.budget import check_needs, estimate
 from ipex_sq.streaming.run import Limits, quantize_folder
 
 NATIVE = QuantConfig(backend="native", dtype="bf16")
@@ -348,13 +348,18 @@ def test_too_little_memory_is_refused_before_the_work(written, batches, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_an_int8_head_needs_memory_of_its_own(written, batches):
+def test_an_int8_head_needs_memory_of_its_own(written, batches, tmp_path):
     model = StreamedModel(written("llama"))
     model.model.config.vocab_size = words = 10**6  # blocks are small beside it
     without, with_head = (
-        estimate(model, batches, hessians=True, lm_head=lm_head).memory for lm_head in (False, True)
+        estimate(model, batches, hessians=True, lm_head=lm_head) for lm_head in (False, True)
     )
-    assert with_head - without > 6 * 4 * words * model.model.config.hidden_size
+    assert with_head.memory - without.memory > 6 * 4 * words * model.model.config.hidden_size
+    assert with_head.with_float_head == pytest.approx(without.memory, rel=0.01)  # asked later
+    for needs, named in ((without, False), (with_head, True)):
+        with pytest.raises(ResourceError) as caught:
+            check_needs(needs, 2**20, tmp_path)
+        assert ("--no_quant_lm_head" in str(caught.value)) == named
 
 
 def test_a_head_behind_the_norm_of_a_block_is_refused_before_the_work(batches, tokenizer, tmp_path):
