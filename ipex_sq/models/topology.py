@@ -143,21 +143,21 @@ def find_topology(
         CalibrationError: A Linear was never reached.
     """
     linears, reasons = quantizable_linears(model, lm_head=lm_head)
+    head = language_head(model) if lm_head else None
     groups: dict[str, SmoothGroup] = {}
     left = dict(linears)
     for example in examples:
-        with torch.no_grad(), watch(model, linears) as seen:
+        with torch.no_grad(), watch(model, linears, shared=head) as seen:
             run_model(model, example)
-        for router in seen.routers & left.keys():
-            reasons[router] = "router"
-            del left[router]
+        for name in seen.stay_float.keys() & left.keys():
+            reasons[name] = seen.stay_float[name]
+            del left[name]
         found = [group for group in _groups(model, seen) if set(group.readers) <= left.keys()]
         candidates = _candidates(found, seen)
         producers = probe_channels(model, example, candidates)
         groups |= {group.key: _with_producer(group, producers) for group in found}
         left = {name: left[name] for name in left if not any(name in g.readers for g in found)}
         if not left:
-            head = language_head(model) if lm_head else None
             return Topology(tuple(groups.values()), reasons, head)
     raise CalibrationError(
         f"{len(left)} Linear layer(s) were never reached, the first is {next(iter(left))!r}: "
@@ -168,7 +168,7 @@ def find_topology(
 def _groups(model: nn.Module, seen: Watch) -> list[SmoothGroup]:
     """The groups of one pass, in order of execution; only norms as producers."""
     found: list[SmoothGroup] = []
-    done: set[str] = set(seen.routers)
+    done = set(seen.stay_float)
     for name, sources in seen.reads.items():
         if name in done:
             continue
@@ -181,7 +181,7 @@ def _groups(model: nn.Module, seen: Watch) -> list[SmoothGroup]:
 
 def _once(readers: list[str], seen: Watch) -> list[str]:
     names = dict.fromkeys(readers)
-    return [name for name in names if len(seen.reads[name]) == 1 and name not in seen.routers]
+    return [name for name in names if len(seen.reads[name]) == 1 and name not in seen.stay_float]
 
 
 def _group(

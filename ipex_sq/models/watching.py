@@ -19,6 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ipex_sq.recipe.hooks import hooked
 
+ROUTER = "router"
+READ_APART = "weight read by other code than its own"
+
 
 @dataclass
 class Source:
@@ -42,13 +45,15 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         reads: By path of a Linear, the tensor of each of its calls.
-        routers: Paths of the Linears whose output chooses experts.
+        stay_float: By path of a Linear that must, the reason.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        """Of a model with these `linears`, by path."""
         super().__init__()
         self.reads: dict[str, list[Source]] = defaultdict(list)
-        self.routers: set[str] = set()
+        self.stay_float: dict[str, str] = {}
+        self._linears = linears
         self._sources: dict[int, Source] = {}
         self._written: dict[int, str] = {}  # outputs of Linears
         self._parents: dict[int, set[int]] = defaultdict(set)
@@ -97,6 +102,8 @@ class Watch(TorchFunctionMode):
         for leaf in pytree.tree_leaves(inputs):
             if not isinstance(leaf, Tensor):
                 continue
+            if isinstance(leaf, nn.Parameter):
+                self._note_weight(leaf)
             for tensor in outputs:
                 if tensor is not leaf:
                     self._parents[id(tensor)].add(id(leaf))
@@ -112,7 +119,13 @@ class Watch(TorchFunctionMode):
         self._alive += outputs
         if function == "topk":
             chosen = {id(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)}
-            self.routers.update(self._behind(chosen)[0])
+            self.stay_float.update(dict.fromkeys(self._behind(chosen)[0], ROUTER))
+
+    def _note_weight(self, parameter: nn.Parameter) -> None:
+        """Code that is no call of the Linear reads `parameter`: it would find int8 levels there."""
+        for name, linear in self._linears.items():
+            if linear.weight is parameter:  # of the block that is in memory now
+                self.stay_float[name] = READ_APART
 
     def writers(self, source: Source) -> list[str]:
         """Linears whose output reaches `source`, and nothing else, through other functions only."""
@@ -147,9 +160,17 @@ class Watch(TorchFunctionMode):
 
 
 @contextmanager
-def watch(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[Watch]:
-    """Watch `model` inside the `with` block; hooks go even where it raises."""
-    seen = Watch()
+def watch(
+    model: nn.Module, linears: Mapping[str, nn.Module], *, shared: str | None = None
+) -> Iterator[Watch]:
+    """Watch `model` inside the `with` block; hooks go even where it raises.
+
+    Args:
+        model: To be run inside.
+        linears: Of the model, by path.
+        shared: Path of the one whose weight other modules may read, or None.
+    """
+    seen = Watch({name: linear for name, linear in linears.items() if name != shared})
     with hooked(_watching(model, linears, seen)), seen:
         yield seen
 

@@ -136,6 +136,31 @@ def test_a_norm_that_a_residual_reads_cannot_fold(residual):
     assert bool(group.fold_problem) is residual
 
 
+class _Apart(nn.Module):
+    """Two Linears of one input; code of its own reads the weight of one, `also` called or not."""
+
+    def __init__(self, also):
+        super().__init__()
+        self.apart, self.other, self.also = nn.Linear(8, 8), nn.Linear(8, 8), also
+
+    def forward(self, x):
+        y = x @ self.apart.weight.T + self.other(x)
+        return (y + self.apart(x) if self.also else y,)
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_a_linear_whose_weight_other_code_reads_stays_float(also):
+    topology = find_topology(_Apart(also), [{"x": torch.randn(2, 8)}])
+    assert topology.readers == ["other"]
+    assert topology.float_reasons == {"apart": "weight read by other code than its own"}
+
+
+def test_a_tied_head_is_read_by_the_embedding_and_may_be_int8(batches):
+    model = tiny_model("llama")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert "lm_head" in find_topology(model, batches[:1], lm_head=True).readers
+
+
 def test_linears_whose_int32_sums_could_overflow_stay_float():
     model = nn.ModuleDict({"just": nn.Linear(64900, 1), "wide": nn.Linear(65000, 1)})
     linears, reasons = quantizable_linears(model)
