@@ -94,10 +94,10 @@ def finish_native(model: nn.Module, plan: QuantPlan, dtype: str) -> nn.Module:
 
 def _move_weights(model: nn.Module) -> None:
     linears = [item for item in model.modules() if isinstance(item, Int8Linear)]
-    weights = [item.row_weight for item in linears if item.row_weight is not None]
-    memory = WeightMemory(weight.shape for weight in weights)
-    for linear in linears:
-        linear.move_weight(memory)
+    weights = [(item, item.row_weight) for item in linears if item.row_weight is not None]
+    memory = WeightMemory(weight.shape for _, weight in weights)
+    for linear, weight in weights:
+        linear.row_weight = memory.take(weight.shape).copy_(weight)
     give_freed_memory_back()  # where they were packed, and float weights before
 
 

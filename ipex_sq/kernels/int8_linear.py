@@ -54,8 +54,7 @@ class Int8Linear(nn.Module):
         input_scale: Scalar fp32, 1 per token; a tensor, because a Python float would be compiled
             in and make every layer a graph of its own.
         input_zero_point: Scalar int32.
-        weight_scale: `[out_features]`, fp32.
-        bias: `[out_features]`, fp32, or None.
+        weight_scale, bias: `[out_features]`, fp32; no bias is None.
         packed: int8 levels in oneDNN's layout; None after `only_rows`.
         weight_zero_points: `[out_features]` int32, zeros that oneDNN asks for; None with `packed`.
         row_weight: int8 levels in brgemm's layout, for products of a few rows or, where they are
@@ -94,8 +93,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.output_dtype = torch.float32
-        self.wide_output = False
-        self.per_token = False
+        self.wide_output = self.per_token = False
         self.register_buffer("weight_scale", weight_scale.float())
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         for name in ("packed", "weight_zero_points", "row_weight", "row_sums"):
@@ -121,8 +119,11 @@ class Int8Linear(nn.Module):
             KeyError: One is missing.
             RuntimeError: One has another type or shape, or channels that are not there.
         """
-        scale = tensors["weight_scale"].clone()
-        weight, bias = tensors["weight"], tensors.get("bias")
+        weight, bias, scale = (
+            tensors["weight"],
+            tensors.get("bias"),
+            tensors["weight_scale"].clone(),
+        )
         linear = cls(weight, scale, bias, only_rows=only_rows, memory=memory)
         linear.per_token = per_token
         for name in ("multiplier", "input_scale", "input_zero_point"):
@@ -135,7 +136,7 @@ class Int8Linear(nn.Module):
         """What `restored` needs: int8 weight, scales, bias and how the input is rounded."""
         fields = {name: getattr(self, name) for name in (*STORED_INPUT, "weight_scale", "bias")}
         held = {name: tensor.clone() for name, tensor in fields.items() if tensor is not None}
-        return {"weight": self.weight, **held}
+        return {"weight": self.levels, **held}
 
     def set_input(self, activation: ActivationQParams | None, prescale: PreScale | None) -> None:
         """Set how the input is rounded.
@@ -174,7 +175,7 @@ class Int8Linear(nn.Module):
     def keep_rows(self) -> None:
         """Keep what products of a few rows need, where they are faster than oneDNN's."""
         if self.row_weight is None:
-            self._pack_rows(self.weight)
+            self._pack_rows(self.levels)
 
     def _pack_rows(self, weight: Tensor, memory: WeightMemory | None = None) -> None:
         if self.in_features % GROUP == 0 and brgemm_built():
@@ -211,11 +212,7 @@ class Int8Linear(nn.Module):
         return super()._apply(lambda tensor: _in_type_of(tensor, fn(tensor)), recurse)
 
     def _load_from_state_dict(self, *_args: Any, **_options: Any) -> None:
-        """Refuse: a state dict holds no packed weights, only the scales that belong to them.
-
-        Raises:
-            ConfigError: Always.
-        """
+        """Refuse: a state dict holds no packed weights, only the scales that belong to them."""
         raise ConfigError("a state dict lacks int8 weights: use ipex_sq.save and ipex_sq.load")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,14 +225,18 @@ class Int8Linear(nn.Module):
         super().__setstate__(state)
         self.packed = None if self.packed is None else pack_weight(self.packed)
 
-    def move_weight(self, memory: WeightMemory) -> None:
-        """Move the levels in brgemm's layout, if there are any, into `memory`."""
-        if self.row_weight is not None:
-            self.row_weight = memory.take(self.row_weight.shape).copy_(self.row_weight)
-
     @property
     def weight(self) -> Tensor:
-        """int8 levels, `[out_features, in_features]`, unpacked from the kernel's layout."""
+        """What model code may ask for its type, device and shape; every value is NaN.
+
+        A Linear of which it reads more stays float (`models/watching.py`).
+        """
+        missing = torch.full((), float("nan"), dtype=self.output_dtype)
+        return missing.expand(self.out_features, self.multiplier.numel())
+
+    @property
+    def levels(self) -> Tensor:
+        """int8, `[out_features, in_features]`, unpacked from the kernel's layout."""
         if self.packed is not None:
             return unpack_weight(self.packed)
         assert self.row_weight is not None  # noqa: S101
@@ -278,12 +279,9 @@ class Int8Linear(nn.Module):
             copies = self.channels, self.held_low, self.held_high
             return input_levels(x, self.multiplier, self.input_zero_point, copies), self.input_scale
         # Without oneDNN's layout brgemm is there, and with it rounding in one pass.
-        return token_levels(x, self.multiplier, self._token_parts, one_pass=self.packed is None)
-
-    @property
-    def _token_parts(self) -> TokenParts | None:
         fields = self.channels, self.parts, (self.held_low, self.held_high)
-        return None if self.channels is None else TokenParts(*fields)  # type: ignore[arg-type]
+        parts = None if self.channels is None else TokenParts(*fields)  # type: ignore[arg-type]
+        return token_levels(x, self.multiplier, parts, one_pass=self.packed is None)
 
     def _multiply_rows(self, levels: Tensor, scale: Tensor) -> Tensor:
         weight = self.row_weight, self.row_sums, self.weight_scale, self.bias

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -21,6 +22,7 @@ from ipex_sq.recipe.hooks import hooked
 
 ROUTER = "router"
 READ_APART = "weight read by other code than its own"
+NO_LINEAR = "its class does other than a Linear"
 
 
 @dataclass
@@ -70,15 +72,17 @@ class Watch(TorchFunctionMode):
         source.readers.append(name)
         self.reads[name].append(source)
 
-    def end_linear(self, name: str, output: Tensor) -> None:
+    def end_linear(self, name: str, output: Any) -> None:
         """It has written `output`."""
         self._inside -= 1
-        self._alive.append(output)
-        self._written[id(output)] = name
+        if isinstance(output, Tensor):
+            self._alive.append(output)
+            self._written[id(output)] = name
 
-    def end_norm(self, name: str, output: Tensor) -> None:
+    def end_norm(self, name: str, output: Any) -> None:
         """A norm has written `output`."""
-        self._source(output).producer = name
+        if isinstance(output, Tensor):
+            self._source(output).producer = name
 
     def _source(self, tensor: Tensor) -> Source:
         if id(tensor) not in self._sources:
@@ -180,6 +184,8 @@ def _watching(
 ) -> Iterator[RemovableHandle]:
     for name, module in linears.items():
         yield module.register_forward_pre_hook(_starts(seen, name))
+        if type(module).forward is not nn.Linear.forward:
+            yield module.register_forward_hook(_compares(seen, name))
         yield module.register_forward_hook(_ends(seen.end_linear, name))
     for name, module in model.named_modules():
         if _may_be_norm(module):
@@ -193,10 +199,21 @@ def _starts(seen: Watch, name: str) -> Callable[..., None]:
     return hook
 
 
-def _ends(note: Callable[[str, Tensor], None], name: str) -> Callable[..., None]:
+def _compares(seen: Watch, name: str) -> Callable[..., None]:
+    """A class may write a Linear's product its own way (Falcon), or do more (routers)."""
+
+    def hook(linear: nn.Linear, args: tuple[Tensor, ...], output: Any) -> None:
+        product = nn.functional.linear(args[0], linear.weight, linear.bias)
+        tensor = isinstance(output, Tensor) and output.shape == product.shape
+        if not tensor or not torch.allclose(output, product, rtol=1e-3, atol=1e-4):
+            seen.stay_float[name] = NO_LINEAR
+
+    return hook
+
+
+def _ends(note: Callable[[str, Any], None], name: str) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            note(name, output)
+        note(name, output)
 
     return hook
 

@@ -153,7 +153,7 @@ def test_int8_linear_matches_the_integers(unseen):
     torch.testing.assert_close(
         linear(x).double(), exact * qparams.scale * scale + bias, rtol=1e-5, atol=1e-5
     )
-    assert torch.equal(linear.weight, weight)
+    assert torch.equal(linear.levels, weight)
 
 
 @pytest.mark.parametrize("activation", [activation_qparams(-0.5, 1.0), None])

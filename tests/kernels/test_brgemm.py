@@ -186,7 +186,7 @@ def test_rows_alone_multiply_any_number_of_them(shape, biased, dtype):
     wanted = linear(x)
     assert linear.only_rows()
     assert linear.packed is None
-    assert torch.equal(linear.weight, weight)
+    assert torch.equal(linear.levels, weight)
     found = linear(x)
     assert found.shape == wanted.shape
     # The sums are the same integers; scaling them may round in another order.
@@ -250,7 +250,7 @@ def test_channels_that_are_not_there_are_refused(channels):
     linear, _ = _linear((8, 64), biased=False, dtype=torch.float32)
     linear.set_input(ActivationQParams(0.1, 3), PreScale(None, torch.tensor([1, 1, 2, 59])))
     tensors = linear.stored()
-    assert torch.equal(Int8Linear.restored(tensors, per_token=False).weight, linear.weight)
+    assert torch.equal(Int8Linear.restored(tensors, per_token=False).levels, linear.levels)
     with pytest.raises(RuntimeError, match="channels must be int64, sorted, from 0 to 59"):
         Int8Linear.restored({**tensors, "channels": torch.tensor(channels)}, per_token=False)
 

@@ -42,7 +42,7 @@ def test_a_copy_multiplies_as_its_original(activation, layouts, how):
     assert other is not linear
     assert torch.equal(other(x), wanted)
     assert torch.equal(other(x.transpose(0, 1)), linear(x.transpose(0, 1)))  # the other kernel
-    assert torch.equal(other.weight, weight)
+    assert torch.equal(other.levels, weight)
     assert other.state_dict().keys() == linear.state_dict().keys()
     assert torch.equal(linear(x), wanted)
 
@@ -53,3 +53,14 @@ def test_a_whole_model_with_onednns_layout_is_copied(how, batches, unseen, monke
     model = quantize(tiny_model("llama"), batches, QuantConfig(backend="native", alpha=0.5))
     assert any(isinstance(m, Int8Linear) and m.packed is not None for m in model.modules())
     assert torch.equal(logits_of(how(model), unseen), logits_of(model, unseen))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_code_may_ask_for_the_weights_type_and_shape_but_finds_no_values(dtype):
+    linear = Int8Linear(torch.ones(48, 36, dtype=torch.int8), torch.ones(48), None)
+    linear.set_input(None, PreScale(None, torch.tensor([3, 3, 17, 30])))
+    weight = linear.to(dtype).weight
+    assert (weight.dtype, weight.device.type, weight.shape) == (dtype, "cpu", (48, 32))
+    assert weight.isnan().all()
+    x = torch.randn(5, 32)
+    assert torch.equal(linear(x.to(weight.dtype)), linear(x.to(dtype)))

@@ -155,6 +155,43 @@ def test_a_linear_whose_weight_other_code_reads_stays_float(also):
     assert topology.float_reasons == {"apart": "weight read by other code than its own"}
 
 
+class _Router(nn.Linear):
+    """As transformers writes some: a Linear whose forward chooses experts."""
+
+    def forward(self, x):
+        return super().forward(x).topk(2)
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class _OwnWay(nn.Linear):
+    """As Falcon's: the same product, written otherwise."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class _Derived(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.plain, self.own_way = nn.Linear(8, 8), _OwnWay(8, 8)
+        self.router, self.scaled = _Router(8, 8), _Scaled(8, 8)
+
+    def forward(self, x):
+        weights, _ = self.router(x)
+        return (self.plain(x) + self.own_way(x) * weights.sum() + self.scaled(x),)
+
+
+def test_a_linear_whose_class_does_other_than_a_linear_stays_float():
+    topology = find_topology(_Derived(), [{"x": torch.randn(2, 8)}])
+    assert topology.readers == ["plain", "own_way"]
+    reason = "its class does other than a Linear"
+    assert topology.float_reasons == {"router": reason, "scaled": reason}
+
+
 def test_a_tied_head_is_read_by_the_embedding_and_may_be_int8(batches):
     model = tiny_model("llama")
     assert model.lm_head.weight is model.get_input_embeddings().weight
