@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from ipex_sq.benchmarking.limits import BYTES, Limits
 from ipex_sq.models.body import logits_at
 from ipex_sq.models.first_token import copy_modules, find_first_token, give_values
 from ipex_sq.models.loading import CAUSAL_LM, task_of
 from ipex_sq.models.running import run_model
-from ipex_sq.models.topology import STACKED_DIMENSIONS, quantizable_linears
+from ipex_sq.models.topology import quantizable_linears, stacked_weights
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def work_of(model: nn.Module, precision: str, head_precision: str) -> Work:
     """
     found, _ = quantizable_linears(model)
     body = set(found.values())
-    stacked = _stacked(model)
+    stacked = next(iter(stacked_weights(model)), None)
     if stacked is not None:
         reason = f"{stacked} is multiplied with, and is the weight of no Linear"
         return Work(0, 0, precision, head_precision, unknown=reason)
@@ -104,15 +103,6 @@ def work_of(model: nn.Module, precision: str, head_precision: str) -> Work:
         float_body=head_token,
         repeated=repeated,
     )
-
-
-def _stacked(model: nn.Module) -> str | None:
-    """Path of a weight of three dimensions, as of experts: no Linear says how often it is used."""
-    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, _ConvNd)}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == STACKED_DIMENSIONS and id(parameter) not in convolutions:
-            return name
-    return None
 
 
 @torch.no_grad()

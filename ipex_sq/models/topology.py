@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ipex_sq.errors import CalibrationError, UnsupportedModelError
 from ipex_sq.models.body import output_head
@@ -24,7 +25,7 @@ from ipex_sq.recipe.observers import UNREACHED_ADVICE
 from ipex_sq.recipe.plan import HEAD, SmoothGroup
 from ipex_sq.recipe.splitting import MOST_PRODUCTS, number_of_copies
 
-STACKED_DIMENSIONS = 3
+_STACKED_DIMENSIONS = 3
 """transformers 5 keeps the experts of a layer in one `[experts, out, in]` weight."""
 
 
@@ -107,9 +108,7 @@ def quantizable_linears(
             reasons[name] = "so wide that int32 sums could overflow"
         else:
             linears[name] = module
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == STACKED_DIMENSIONS:
-            reasons[name] = "experts stacked in one weight"
+    reasons |= dict.fromkeys(stacked_weights(model), "experts stacked in one weight")
     if not linears:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Linear layer to quantize below its head"
@@ -125,6 +124,16 @@ def _quantizable_head(model: nn.Module) -> str:
             "out"
         )
     return head
+
+
+def stacked_weights(model: nn.Module) -> list[str]:
+    """Paths of the weights of three dimensions, as of experts, that are no convolution's."""
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, _ConvNd)}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == _STACKED_DIMENSIONS and id(parameter) not in convolutions
+    ]
 
 
 def find_topology(

@@ -192,6 +192,12 @@ def test_a_linear_whose_class_does_other_than_a_linear_stays_float():
     assert topology.float_reasons == {"router": reason, "scaled": reason}
 
 
+def test_a_convolution_is_no_stack_of_experts():
+    model = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3), "linear": nn.Linear(4, 4)})
+    model.experts = nn.Parameter(torch.zeros(2, 4, 4))
+    assert quantizable_linears(model)[1] == {"experts": "experts stacked in one weight"}
+
+
 def test_a_tied_head_is_read_by_the_embedding_and_may_be_int8(batches):
     model = tiny_model("llama")
     assert model.lm_head.weight is model.get_input_embeddings().weight
