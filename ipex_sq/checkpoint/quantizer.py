@@ -164,6 +164,9 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         del kwargs
         assert self._saved is not None  # noqa: S101
         self._saved.fill(model)
+        for module in model.modules():
+            # FalconMamba runs other code where transformers 5 has left this, another last bit.
+            getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
         return keep_savable(model)
 
     def _look(self, config: Any) -> None:

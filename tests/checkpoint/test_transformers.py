@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    FalconMambaConfig,
     LlamaForCausalLM,
     pipeline,
 )
@@ -25,7 +26,7 @@ from ipex_sq.config import QuantConfig
 from ipex_sq.errors import CheckpointError, ConfigError
 from ipex_sq.kernels.int8_linear import Int8Linear
 from ipex_sq.models.layers import find_layers
-from ipex_sq.models.tiny import tiny_model
+from ipex_sq.models.tiny import VOCABULARY, tiny_model
 
 ROOT = Path(__file__).parents[2]
 SHARDS = "40KB"
@@ -91,6 +92,18 @@ def test_from_pretrained_computes_the_same_bits(family, dtype, batches, unseen, 
     int8 = {name for name, item in again.named_modules() if isinstance(item, Int8Linear)}
     assert int8 == set(model.quant_plan.int8_names)
     assert {item.dtype for item in again.parameters()} == {next(model.parameters()).dtype}
+
+
+def test_code_that_asks_whether_a_model_is_quantized_does_the_same(batches, unseen, tmp_path):
+    config = FalconMambaConfig(
+        hidden_size=64, num_hidden_layers=2, vocab_size=VOCABULARY, pad_token_id=1, bos_token_id=0
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model = quantize(model, batches, QuantConfig(alpha=0.5, backend="native", dtype="bf16"))
+    loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "int8"))
+    found, wanted = (logits_of(_uncompiled(item), unseen) for item in (loaded, model))
+    assert torch.equal(found, wanted)
 
 
 def test_memory_freed_before_goes_back_before_weights_take_some(saved, monkeypatch):
