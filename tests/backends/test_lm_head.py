@@ -128,7 +128,7 @@ def test_it_is_saved_loaded_and_generates(family, batches, unseen, tmp_path):
     for again in (load(folder), AutoModelForCausalLM.from_pretrained(folder)):
         assert torch.equal(logits_of(again, unseen), wanted)
         assert torch.equal(
-            again.get_output_embeddings().weight, model.get_output_embeddings().weight
+            again.get_output_embeddings().levels, model.get_output_embeddings().levels
         )
     prompt = unseen["input_ids"][:2, :8]
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
