@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from ipex_sq.errors import UnsupportedModelError
 from ipex_sq.models.running import run_model
 from ipex_sq.recipe.batching import Batch, rows_of
 from ipex_sq.recipe.plan import SmoothGroup
@@ -107,8 +108,24 @@ def _only_activations(model: Any) -> Iterator[None]:
         return output.detach().requires_grad_(True).clone()
 
     try:
-        with model.get_input_embeddings().register_forward_hook(start), torch.enable_grad():
+        with _embedding(model).register_forward_hook(start), torch.enable_grad():
             yield
     finally:
         for parameter, required in parameters.items():
             parameter.requires_grad_(required)
+
+
+def _embedding(model: Any) -> nn.Module:
+    """What embeds the tokens.
+
+    Raises:
+        UnsupportedModelError: The model does not say (Canine, which hashes characters).
+    """
+    try:
+        found: nn.Module = model.get_input_embeddings()
+    except NotImplementedError:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not say which module embeds its tokens, where the search "
+            "of alpha starts: give alpha a number"
+        ) from None
+    return found

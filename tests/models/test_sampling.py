@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ipex_sq.backends.quantization import plan, quantize
 from ipex_sq.config import QuantConfig
-from ipex_sq.errors import CalibrationError
+from ipex_sq.errors import CalibrationError, UnsupportedModelError
 from ipex_sq.models.calibration import add_samples, calibrate
 from ipex_sq.models.sampling import draw_tokens
 from ipex_sq.models.tiny import DECODERS, FAMILIES, tiny_model
@@ -113,3 +113,16 @@ def test_auto_global_is_one_alpha_and_auto_is_no_worse(batches):
         head = one.groups["lm_head"].expected_kl if lm_head else 0.0
         # It is the best of the Linears that all may have.
         assert one.expected_kl - head == pytest.approx(min(one.alpha_kl.values()))
+
+
+def test_a_model_that_hides_its_embedding_is_told_what_to_do(batches, monkeypatch):
+    model = tiny_model("bert")
+
+    def hidden(_self):
+        raise NotImplementedError("override it")  # as transformers has it for Canine
+
+    monkeypatch.setattr(type(model), "get_input_embeddings", hidden)
+    with pytest.raises(UnsupportedModelError, match="BertForSeq.*give alpha a number"):
+        calibrate(model, batches)
+    config = QuantConfig(alpha=0.5, backend="reference")
+    quantize(model, calibrate(model, batches, samples=False), config)
