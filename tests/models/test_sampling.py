@@ -122,7 +122,7 @@ def test_a_model_that_hides_its_embedding_is_told_what_to_do(batches, monkeypatc
         raise NotImplementedError("override it")  # as transformers has it for Canine
 
     monkeypatch.setattr(type(model), "get_input_embeddings", hidden)
-    with pytest.raises(UnsupportedModelError, match="BertForSeq.*give alpha a number"):
+    with pytest.raises(UnsupportedModelError, match=r"BertForSeq.*give alpha a number"):
         calibrate(model, batches)
     config = QuantConfig(alpha=0.5, backend="reference")
     quantize(model, calibrate(model, batches, samples=False), config)
