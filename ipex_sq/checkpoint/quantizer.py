@@ -165,8 +165,9 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         assert self._saved is not None  # noqa: S101
         self._saved.fill(model)
         for module in model.modules():
-            # FalconMamba runs other code where transformers 5 has left this, another last bit.
-            getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "_is_quantized"):  # FalconMamba asks, and has another last bit then
+                del config._is_quantized
         return keep_savable(model)
 
     def _look(self, config: Any) -> None:

@@ -54,7 +54,8 @@ class Int8Linear(nn.Module):
         input_scale: Scalar fp32, 1 per token; a tensor, because a Python float would be compiled
             in and make every layer a graph of its own.
         input_zero_point: Scalar int32.
-        weight_scale, bias: `[out_features]`, fp32; no bias is None.
+        weight_scale: `[out_features]`, fp32.
+        bias: `[out_features]`, fp32, or None.
         packed: int8 levels in oneDNN's layout; None after `only_rows`.
         weight_zero_points: `[out_features]` int32, zeros that oneDNN asks for; None with `packed`.
         row_weight: int8 levels in brgemm's layout, for products of a few rows or, where they are
@@ -119,11 +120,8 @@ class Int8Linear(nn.Module):
             KeyError: One is missing.
             RuntimeError: One has another type or shape, or channels that are not there.
         """
-        weight, bias, scale = (
-            tensors["weight"],
-            tensors.get("bias"),
-            tensors["weight_scale"].clone(),
-        )
+        scale = tensors["weight_scale"].clone()
+        weight, bias = tensors["weight"], tensors.get("bias")
         linear = cls(weight, scale, bias, only_rows=only_rows, memory=memory)
         linear.per_token = per_token
         for name in ("multiplier", "input_scale", "input_zero_point"):
@@ -212,7 +210,11 @@ class Int8Linear(nn.Module):
         return super()._apply(lambda tensor: _in_type_of(tensor, fn(tensor)), recurse)
 
     def _load_from_state_dict(self, *_args: Any, **_options: Any) -> None:
-        """Refuse: a state dict holds no packed weights, only the scales that belong to them."""
+        """Refuse: a state dict holds no packed weights, only the scales that belong to them.
+
+        Raises:
+            ConfigError: Always.
+        """
         raise ConfigError("a state dict lacks int8 weights: use ipex_sq.save and ipex_sq.load")
 
     def __getstate__(self) -> dict[str, Any]:

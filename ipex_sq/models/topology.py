@@ -218,8 +218,7 @@ def _candidates(groups: Sequence[SmoothGroup], seen: Watch) -> dict[str, list[st
         sources = seen.reads[group.key]
         alone = len(sources) == 1 and set(sources[0].readers) == set(group.readers)
         if group.producer is None and alone and not sources[0].other_reads:
-            writers = seen.writers(sources[0])
-            candidates[group.key] = [name for name in writers if len(seen.reads[name]) == 1]
+            candidates[group.key] = _once(seen.writers(sources[0]), seen)
     return candidates
 
 

@@ -155,6 +155,22 @@ def test_a_linear_whose_weight_other_code_reads_stays_float(also):
     assert topology.float_reasons == {"apart": "weight read by other code than its own"}
 
 
+class _ReadTwice(nn.Module):
+    """up and down; code of its own reads the weight of up besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return (self.down(self.up(x).relu()) + self.up.weight.sum(),)
+
+
+def test_a_linear_whose_weight_other_code_reads_takes_no_scale():
+    (group,) = find_topology(_ReadTwice(), [{"x": torch.randn(2, 8)}]).groups
+    assert (group.key, group.producer) == ("down", None)
+
+
 class _Router(nn.Linear):
     """As transformers writes some: a Linear whose forward chooses experts."""
 
